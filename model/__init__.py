@@ -1,0 +1,1 @@
+"""Depth attention, layers and loss as plain torch modules. Knows no pipeline, no files, no DeepSpeed."""
