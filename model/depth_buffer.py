@@ -1,0 +1,28 @@
+"""The contract between layers, and between the model and whatever moves its activations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DepthBuffer:
+    """All sources alive at a point of the network, each `[batch, sequence, hidden]`.
+
+    sources: the finished ones in depth order (embedding, then blocks; with `full`, sublayer outputs).
+    partial: the running sum of the block under way; the residual stream where the residual is `standard`.
+    """
+
+    sources: tuple[Tensor, ...]
+    partial: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The buffer as a flat tuple, in depth order, the partial last."""
+        return (*self.sources, self.partial)
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> "DepthBuffer":
+        """The inverse of `tensors()`; at least the partial must be there."""
+        *sources, partial = tensors
+        return cls(tuple(sources), partial)

@@ -1,0 +1,79 @@
+"""The two sublayers of a transformer layer and the norm before them: Llama's, with fused input projections."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """`x * rsqrt(mean(x^2) + eps) * gain` over the last dimension, in fp32, returned in the dtype of `x`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions: `[batch, sequence, hidden]` to the same.
+
+    `qkv_proj` holds the rows of Llama's `q_proj`, `k_proj` and `v_proj`, in this order.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_size = config.head_size
+        self.rope_theta = config.rope_theta
+        heads = self.num_heads + 2 * self.num_key_value_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, sequence, _ = x.shape
+        qkv = self.qkv_proj(x).view(batch, sequence, -1, self.head_size).transpose(1, 2)
+        rotated, value = qkv.split([self.num_heads + self.num_key_value_heads, self.num_key_value_heads], dim=1)
+        rotated = rotate(rotated, self.rope_theta)
+        query, key = rotated.split([self.num_heads, self.num_key_value_heads], dim=1)
+        grouped = self.num_key_value_heads != self.num_heads
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        attended: Tensor = self.o_proj(output.transpose(1, 2).reshape(batch, sequence, -1))
+        return attended
+
+
+class MLP(nn.Module):
+    """SwiGLU: `down_proj(silu(gate) * up)`. `gate_up_proj` holds the rows of Llama's `gate_proj`, then `up_proj`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        output: Tensor = self.down_proj(F.silu(gate) * up)
+        return output
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding (RoFormer, arXiv:2104.09864, equation 34) of `[batch, heads, sequence, head_size]`.
+
+    Channel `i` turns with channel `i + head_size / 2`, which is Llama's and Hugging Face's layout.
+    """
+    cos, sin = rotary_tables(x.shape[-2], x.shape[-1], theta, x.device)
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+def rotary_tables(sequence: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of `position * theta^(-2 i / head_size)`, each `[sequence, head_size / 2]`, fp32."""
+    exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
+    angles = torch.outer(torch.arange(sequence, device=device, dtype=torch.float32), theta**-exponents)
+    return angles.cos(), angles.sin()
