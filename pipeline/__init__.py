@@ -1,1 +1,1 @@
-"""Runs: configuration, stage plan, depth-buffer transport, engine, train loop, metrics, monitor, launch, command line."""
+"""Runs: configuration, stage plan, depth-buffer transport, engine, train loop, metrics, monitor, command line."""

@@ -1,0 +1,38 @@
+# make quickstart: from text to a trained model.  make test: all checks.  make help: the rest.
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+DATA := data/quickstart
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help quickstart test check clean
+help:
+	@echo "make quickstart   tokenize the Python standard library, train a small model in two pipeline stages, sample it"
+	@echo "make test         format, lint, types and tests"
+	@echo "make clean        remove what the quickstart made (data/quickstart, runs/quickstart)"
+
+quickstart: $(INSTALLED)
+	@$(BIN)/python -m pipeline quickstart
+
+check: $(INSTALLED)
+	@$(BIN)/ruff format --check --quiet . || { echo "ruff: not formatted; run $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+test: check
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+clean:
+	rm -rf $(DATA) runs/quickstart
+
+# torch first and exactly: what depends on it then takes this one. deepspeed's build needs it, and compiles nothing.
+$(INSTALLED): constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "depthpipe needs Python 3.11 or newer on PATH (Debian: apt install python3 python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv is missing (Debian: apt install python3-venv)"; exit 1; }
+	@echo "installing into .venv (once; torch is large)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch setuptools wheel
+	@$(PIP) numpy packaging ninja psutil py-cpuinfo pydantic
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@

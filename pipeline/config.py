@@ -1,0 +1,354 @@
+"""The configuration of a run: YAML to typed, checked dataclasses. A wrong key or value is one line that names it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from data_prep.errors import DepthpipeError
+from data_prep.manifest import Manifest
+from model.config import ModelConfig
+
+
+class ConfigError(DepthpipeError):
+    """A configuration that cannot be run."""
+
+
+@dataclass(frozen=True)
+class RunSection:
+    dir: str
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class WeightedDataset:
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataSection:
+    train: str | list[WeightedDataset]
+    validation: str | None = None
+    sequence_length: int = 512
+
+    def train_datasets(self) -> list[WeightedDataset]:
+        return [WeightedDataset(self.train)] if isinstance(self.train, str) else self.train
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    pipeline: int = 1
+    data: int = 1
+    schedule: Literal["1f1b"] = "1f1b"
+    split: list[int] | None = None  # transformer layers of each stage; balanced by modelled time where absent
+    timeout_s: float = 600.0  # a rank that is silent for longer ends the run
+
+    @property
+    def world_size(self) -> int:
+        return self.pipeline * self.data
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    steps: int
+    global_batch_size: int  # sequences
+    micro_batch_size: int = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on an accelerator, fp32 on CPU
+    activation_checkpointing: Literal["none", "layer"] = "none"
+    validation_every: int = 0  # steps; 0: at the end only
+    validation_batches: int = 8  # global batches of validation sequences
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    lr: float
+    name: Literal["adamw"] = "adamw"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # 0: no clipping
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1  # cosine ends at lr * min_lr_ratio
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    every: int = 0  # steps; 0: at the end only
+    keep: int = 3  # newest checkpoints that stay
+
+
+@dataclass(frozen=True)
+class MonitorSection:
+    every: int = 1  # steps between lines of metrics.jsonl
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunSection
+    model: ModelConfig
+    data: DataSection
+    train: TrainSection
+    optimizer: OptimizerSection
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    monitor: MonitorSection = field(default_factory=MonitorSection)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into DeepSpeed's own configuration
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one step on one data-parallel rank."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.data)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.data.sequence_length
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key.path=value`` overrides (values are YAML) and check everything.
+
+    ``model.vocab_size`` comes from the first training dataset where the file leaves it out.
+
+    Raises:
+        ConfigError: naming the file or key, and the remedy.
+    """
+    raw = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """Check a configuration given as nested dictionaries. Raises ConfigError."""
+    _reject_unknown_keys(Config, raw, "")
+    data = _parse(DataSection, raw.get("data", {}), "data")
+    manifest = _check_datasets(data)
+    model = raw.setdefault("model", {})
+    if isinstance(model, dict) and model.get("vocab_size") is None:
+        model["vocab_size"] = manifest.vocab_size
+    config = _parse(Config, raw, "")
+    if config.model.vocab_size < manifest.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's {manifest.vocab_size} "
+            f"({manifest.tokenizer_path}); leave the key out to take the tokenizer's"
+        )
+    _check(config)
+    return config
+
+
+def load_run_model(run_dir: str | Path) -> ModelConfig:
+    """The model of a run, from the ``config.yaml`` that training left in its directory. Raises ConfigError."""
+    return _parse(ModelConfig, _read_run(run_dir).get("model"), "model")
+
+
+def run_sequence_length(run_dir: str | Path) -> int:
+    """``data.sequence_length`` of a run. Raises ConfigError."""
+    return _parse(DataSection, _read_run(run_dir).get("data"), "data").sequence_length
+
+
+def _read_run(run_dir: str | Path) -> dict[str, Any]:
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir}: not a run (no config.yaml); name the run.dir of a training")
+    return _read_yaml(path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; start from one in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections; start from one in configs/")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override}: write it as key.path=value, for example --set train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+    node = raw
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _parse(section: type[Any], raw: Any, prefix: str) -> Any:
+    """Build dataclass `section` from `raw`; `prefix` is the dotted path of the section, for messages."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{prefix or 'configuration'}: expected a section of keys, found {raw!r}")
+    _reject_unknown_keys(section, raw, prefix)
+    hints = typing.get_type_hints(section)
+    values = {}
+    for item in dataclasses.fields(section):
+        key = _join(prefix, item.name)
+        if item.name in raw:
+            values[item.name] = _convert(hints[item.name], raw[item.name], key)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{key}: missing; the configuration needs it")
+    try:
+        return section(**values)
+    except ValueError as error:  # the model's own checks start their message with the key
+        raise ConfigError(f"{_join(prefix, str(error))}") from None
+
+
+def _reject_unknown_keys(section: type[Any], raw: dict[str, Any], prefix: str) -> None:
+    known = [item.name for item in dataclasses.fields(section)]
+    for name in raw:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {_join(prefix, close[0])}?" if close else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{_join(prefix, str(name))}: unknown key; {hint}")
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _parse(typing.cast("type[Any]", hint), value, key)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{key}: {value!r} is not one of {', '.join(map(str, arguments))}")
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, key)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{key}: expected a list, found {value!r}")
+        return [_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key}: expected a section of keys, found {value!r}")
+        return value
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 (no dot) as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}: {value} is not a finite number")
+    if type(value) is not hint:
+        raise ConfigError(f"{key}: expected {_type_name(hint)}, found {value!r}")
+    return value
+
+
+def _convert_union(arguments: tuple[Any, ...], value: Any, key: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    error = None
+    for argument in arguments:
+        if argument is type(None):
+            continue
+        try:
+            return _convert(argument, value, key)
+        except ConfigError as failure:
+            # A list is wrong because of one of its items: that message tells more than "expected text".
+            if error is None or isinstance(value, (list, dict)):
+                error = failure
+    assert error is not None
+    raise error
+
+
+def _type_name(hint: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _check_datasets(data: DataSection) -> Manifest:
+    """Every dataset is there and was made with one tokenizer. Returns the first training dataset's manifest."""
+    if not data.train_datasets():
+        raise ConfigError("data.train: an empty list; name at least one dataset directory")
+    first = Manifest.load(data.train_datasets()[0].path)
+    others = [dataset.path for dataset in data.train_datasets()[1:]]
+    for path in [*others, *([data.validation] if data.validation else [])]:
+        if Manifest.load(path).tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise ConfigError(
+                f"{path}: made with another tokenizer than {data.train_datasets()[0].path}; "
+                "tokenize both with the same .model file"
+            )
+    return first
+
+
+def _check(config: Config) -> None:
+    """What the sections must satisfy together."""
+    positive = {
+        "data.sequence_length": config.data.sequence_length,
+        "parallel.pipeline": config.parallel.pipeline,
+        "parallel.data": config.parallel.data,
+        "parallel.timeout_s": config.parallel.timeout_s,
+        "train.steps": config.train.steps,
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.validation_batches": config.train.validation_batches,
+        "optimizer.lr": config.optimizer.lr,
+        "checkpoint.keep": config.checkpoint.keep,
+        "monitor.every": config.monitor.every,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise ConfigError(f"{key}: {value} must be greater than zero")
+    for key, value in {
+        "train.validation_every": config.train.validation_every,
+        "checkpoint.every": config.checkpoint.every,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "optimizer.grad_clip": config.optimizer.grad_clip,
+        "optimizer.warmup_steps": config.optimizer.warmup_steps,
+    }.items():
+        if value < 0:
+            raise ConfigError(f"{key}: {value} must not be negative")
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(f"optimizer.betas: {config.optimizer.betas} must be two numbers in [0, 1)")
+    for dataset in config.data.train_datasets():
+        if dataset.weight <= 0:
+            raise ConfigError(f"data.train: weight {dataset.weight} of {dataset.path} must be greater than zero")
+    _check_parallel(config)
+
+
+def _check_parallel(config: Config) -> None:
+    stages, layers = config.parallel.pipeline, config.model.num_hidden_layers
+    if stages > layers:
+        raise ConfigError(
+            f"parallel.pipeline: {stages} stages are more than the {layers} layers of model.num_hidden_layers; "
+            f"set parallel.pipeline to {layers} or less"
+        )
+    split = config.parallel.split
+    if split is not None and (len(split) != stages or sum(split) != layers or min(split) < 1):
+        raise ConfigError(
+            f"parallel.split: {split} must name {stages} stages (parallel.pipeline) of at least one layer each "
+            f"that sum to {layers} (model.num_hidden_layers)"
+        )
+    per_pass = config.train.micro_batch_size * config.parallel.data
+    if config.train.global_batch_size % per_pass:
+        raise ConfigError(
+            f"train.global_batch_size: {config.train.global_batch_size} does not divide by "
+            f"train.micro_batch_size x parallel.data = {per_pass}; "
+            f"{max(1, config.train.global_batch_size // per_pass) * per_pass} would"
+        )

@@ -1,0 +1,138 @@
+"""What crosses a hop: the tensors of a depth buffer forward, their gradients backward.
+
+Both sides of a hop know from the stage plan how many tensors cross it and their shape, so nothing but the tensors' own
+bytes travels. One batched group of messages per micro-batch and direction; a receive is posted one micro-batch ahead
+into the memory where the stage will use it; a send is left running while the stage computes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class TransportError(RuntimeError):
+    """A depth buffer or its gradients do not have the form that the hop was laid out for."""
+
+
+@dataclass(frozen=True)
+class HopLayout:
+    """The form of what crosses one hop, in both directions.
+
+    Attributes:
+        num_tensors: finished sources and the running partial that are alive at the cut.
+        shape: ``(micro_batch, sequence, hidden)`` of each.
+        dtype: the training dtype.
+    """
+
+    num_tensors: int
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one micro-batch in one direction."""
+        return self.num_tensors * self.shape[0] * self.shape[1] * self.shape[2] * self.dtype.itemsize
+
+    def check(self, tensors: Sequence[Tensor | None], what: str) -> None:
+        """Raise TransportError, naming `what` and the tensor, unless `tensors` have this form."""
+        if len(tensors) != self.num_tensors:
+            raise TransportError(f"{what}: {len(tensors)} tensors where the hop carries {self.num_tensors}")
+        for index, tensor in enumerate(tensors):
+            name = "the partial" if index == self.num_tensors - 1 else f"source {index}"
+            if tensor is None:
+                raise TransportError(f"{what}: {name} is missing; a contribution was lost before the hop")
+            if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+                raise TransportError(
+                    f"{what}: {name} is {tuple(tensor.shape)} {tensor.dtype}, the hop carries {self.shape} {self.dtype}"
+                )
+
+
+class Sender:
+    """Sends one micro-batch after another to a peer without waiting.
+
+    Args:
+        layout: form of each message group.
+        peer: global rank that receives.
+        group: process group of this direction alone, so that the two directions of a hop never wait for each other.
+        name: the hop in words, for errors.
+    """
+
+    def __init__(self, layout: HopLayout, peer: int, group: dist.ProcessGroup, name: str) -> None:
+        self.layout, self.peer, self.group, self.name = layout, peer, group, name
+        self.bytes_sent = 0
+        self._micro_batch = 0
+        self._under_way: deque[tuple[list[dist.Work], tuple[Tensor, ...]]] = deque()
+
+    def begin(self) -> None:
+        """Start a step: micro-batches count from zero."""
+        self._micro_batch = 0
+
+    def send(self, tensors: Sequence[Tensor | None]) -> None:
+        """Start sending; the tensors must not change until they have arrived."""
+        self.layout.check(tensors, f"{self.name}, micro-batch {self._micro_batch}")
+        while self._under_way and all(work.is_completed() for work in self._under_way[0][0]):
+            self._wait_oldest()
+        payload = tuple(tensor.detach().contiguous() for tensor in tensors if tensor is not None)
+        works = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, self.peer, self.group) for tensor in payload])
+        self._under_way.append((works, payload))
+        self.bytes_sent += self.layout.num_bytes
+        self._micro_batch += 1
+
+    def finish(self) -> None:
+        """Wait until everything has been handed over."""
+        while self._under_way:
+            self._wait_oldest()
+
+    def _wait_oldest(self) -> None:
+        for work in self._under_way.popleft()[0]:
+            work.wait()
+
+
+class Receiver:
+    """Receives one micro-batch after another from a peer, always one ahead of its use.
+
+    Args:
+        layout, peer, group: as for :class:`Sender`.
+        device: where the tensors arrive.
+    """
+
+    def __init__(self, layout: HopLayout, peer: int, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.layout, self.peer, self.group, self.device = layout, peer, group, device
+        self.wait_seconds = 0.0
+        self._posted: deque[tuple[list[dist.Work], Tensor]] = deque()
+        self._to_post = 0
+
+    def begin(self, micro_batches: int) -> None:
+        """Start a step of that many micro-batches: post the first receive."""
+        self._to_post = micro_batches
+        self._post()
+
+    def receive(self) -> tuple[Tensor, ...]:
+        """The next micro-batch's tensors, slices of one fresh buffer; posts the receive after it."""
+        self._post()
+        works, buffer = self._posted.popleft()
+        start = time.perf_counter()
+        for work in works:
+            work.wait()
+        self.wait_seconds += time.perf_counter() - start
+        return _slices(buffer)
+
+    def _post(self) -> None:
+        if self._to_post == 0:
+            return
+        self._to_post -= 1
+        buffer = torch.empty((self.layout.num_tensors, *self.layout.shape), dtype=self.layout.dtype, device=self.device)
+        operations = [dist.P2POp(dist.irecv, tensor, self.peer, self.group) for tensor in _slices(buffer)]
+        self._posted.append((dist.batch_isend_irecv(operations), buffer))
+
+
+def _slices(buffer: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of a received buffer. Not ``unbind``: autograd forbids in-place work on views that it returns."""
+    return tuple(buffer[index] for index in range(buffer.shape[0]))

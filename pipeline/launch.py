@@ -1,0 +1,122 @@
+"""Starting the processes of a run: this machine's own workers, or a place among those that torchrun has started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.errors import DepthpipeError
+from pipeline.checkpoints import latest_checkpoint
+from pipeline.config import Config
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+WORKER_PARENT = "DEPTHPIPE_PARENT_PID"
+SHUTDOWN_SECONDS = 5  # after which a worker that was asked to end is killed
+EXIT_WRONG_INPUT = 2
+
+
+def in_torchrun() -> bool:
+    """Whether a launcher has given this process a place in a process group."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def launch_local(config: Config, arguments: Sequence[str]) -> int:
+    """Run ``depthpipe launch`` with `arguments` in one process per device of the configuration, with torch's launcher.
+
+    Returns:
+        The exit code: 0, 1 after a failure, 2 after a wrong input, 130 after Ctrl-C. The reason has been printed.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+    from pipeline.runtime import check_processes
+
+    processes = config.parallel.world_size
+    check_processes(config, processes, processes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ[WORKER_PARENT] = str(os.getpid())
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="depthpipe",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.1,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+    )
+    try:
+        launch_agent(launch_config, sys.executable, ["-u", "-m", "pipeline", "launch", *arguments])
+    except (SignalException, KeyboardInterrupt):
+        print(_stopped(config), file=sys.stderr)
+        return 130
+    except ChildFailedError as failed:
+        return _report_failure(failed.failures, config)
+    return 0
+
+
+def end_with_parent() -> None:
+    """End this worker when the process that started it is gone, however that one ended."""
+    parent = int(os.environ.get(WORKER_PARENT, "0"))
+    # The default actions end the process at once, even inside a collective that is waiting in C++.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not parent:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def _stopped(config: Config) -> str:
+    try:
+        checkpoint = latest_checkpoint(config.run.dir)
+    except DepthpipeError:
+        checkpoint = None
+    if checkpoint is None:
+        return f"\nstopped before the first checkpoint; nothing of {config.run.dir} can be resumed"
+    return f"\nstopped; the last checkpoint is step {checkpoint.step}: the same command resumes there"
+
+
+def _report_failure(failures: dict[int, ProcessFailure], config: Config) -> int:
+    """Print why the run ended: the rank that failed first, and where its log is."""
+    for failure in failures.values():
+        if failure.exitcode == EXIT_WRONG_INPUT:
+            print(f"depthpipe: error: {_recorded(failure)[0].partition(': ')[2]}", file=sys.stderr)
+            return EXIT_WRONG_INPUT
+    # When one rank is killed, its neighbours fail a moment later on a closed connection: name the killed one.
+    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
+    rank, failure = min((killed or failures).items(), key=lambda item: item[1].timestamp)
+    log = Path(config.run.dir) / "logs" / f"rank-{rank}.log"
+    message, traceback = _recorded(failure)
+    if traceback:
+        print(traceback, file=sys.stderr)
+    reason = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"failed: {message}"
+    print(f"depthpipe: rank {rank} {reason}; its log is {log}", file=sys.stderr)
+    return 1
+
+
+def _recorded(failure: ProcessFailure) -> tuple[str, str]:
+    """Message and traceback that a worker left behind."""
+    record = failure.error_file_data.get("message")
+    if isinstance(record, dict):
+        return record["message"], record["extraInfo"]["py_callstack"]
+    return f"exit code {failure.exitcode}", ""

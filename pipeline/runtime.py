@@ -1,0 +1,164 @@
+"""From a checked configuration to a DeepSpeed engine in this process: process group, stage, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from model.layers import no_weight_decay
+from pipeline.config import Config, ConfigError
+from pipeline.plan import FLOPS_PER_BYTE_ACCELERATOR, FLOPS_PER_BYTE_CPU, plan_stages
+
+# Releases 0.16.0 to 0.19.2 scale the gradients of pipelines with several micro-batches wrongly; the loss looks right.
+OLDEST_DEEPSPEED = Version("0.19.4")
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
+
+
+def training_dtype(config: Config) -> torch.dtype:
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check_processes(config: Config, world_size: int, local_world_size: int) -> None:
+    """Raise ConfigError unless the processes that run, here and in all, are what the configuration asks for."""
+    wanted = (
+        f"parallel.pipeline {config.parallel.pipeline} x parallel.data {config.parallel.data} = "
+        f"{config.parallel.world_size} processes"
+    )
+    if world_size != config.parallel.world_size:
+        raise ConfigError(f"{wanted}, but {world_size} were started; change one of them")
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else local_world_size
+    if devices < local_world_size:
+        raise ConfigError(
+            f"{wanted}, {local_world_size} of them on this machine with {devices} GPU(s); lower parallel.pipeline or "
+            "parallel.data, or set CUDA_VISIBLE_DEVICES= to run on CPU"
+        )
+
+
+def start_engine(config: Config) -> Any:
+    """Join the process group that torchrun's environment variables describe and build this rank's stage.
+
+    Returns:
+        A :class:`pipeline.engine.DepthPipelineEngine`.
+    """
+    if Version(version("deepspeed")) < OLDEST_DEEPSPEED:
+        raise ConfigError(
+            f"deepspeed {version('deepspeed')} computes wrong pipeline gradients; install {OLDEST_DEEPSPEED} or newer"
+        )
+    _init_process_group(config)
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+    from pipeline.engine import DepthPipelineEngine
+    from pipeline.module import DepthPipelineModule
+
+    flops_per_byte = FLOPS_PER_BYTE_ACCELERATOR if torch.cuda.is_available() else FLOPS_PER_BYTE_CPU
+    plan = plan_stages(
+        config.model, config.parallel.pipeline, config.data.sequence_length, config.parallel.split, flops_per_byte
+    )
+    module = DepthPipelineModule(
+        config.model,
+        plan,
+        config.run.seed,
+        checkpoint_layers=config.train.activation_checkpointing == "layer",
+        topology=PipeDataParallelTopology(num_pp=config.parallel.pipeline, num_dp=config.parallel.data),
+    )
+    settings = deepspeed_settings(config)
+    return DepthPipelineEngine(
+        hop_shape=(config.train.micro_batch_size, config.data.sequence_length, config.model.hidden_size),
+        hop_dtype=training_dtype(config),
+        args=None,
+        model=module,
+        optimizer=_optimizer(config, module),
+        mpu=module.mpu(),
+        config=settings,
+        config_class=DeepSpeedConfig(settings, module.mpu()),
+    )
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed's own configuration: what the run's configuration says, and the user's ``deepspeed`` section."""
+    for key in config.deepspeed:
+        if key in OWNED_DEEPSPEED_KEYS:
+            raise ConfigError(f"deepspeed.{key}: set {OWNED_DEEPSPEED_KEYS[key]} instead")
+    bf16 = training_dtype(config) is torch.bfloat16
+    # Without ZeRO the optimizer works on the parameters themselves: nothing is flattened and no bit depends on the
+    # cut. Data parallelism and bf16 (fp32 master weights) need ZeRO-1.
+    zero_stage = 1 if bf16 or config.parallel.data > 1 else 0
+    settings: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.micro_batches,
+        # The norm is wanted with and without clipping, and DeepSpeed computes it only to clip.
+        "gradient_clipping": config.optimizer.grad_clip or 1e30,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 60,  # the run prints its own lines
+        "checkpoint": {"tag_validation": "Ignore"},
+    }
+    return {**settings, **config.deepspeed}
+
+
+def checkpoint_layout(config: Config) -> dict[str, Any]:
+    """What of the configuration a checkpoint's files depend on."""
+    return {
+        **{f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()},
+        "parallel.pipeline": config.parallel.pipeline,
+        "parallel.data": config.parallel.data,
+        "train.precision": str(training_dtype(config)).removeprefix("torch."),
+        "train.global_batch_size": config.train.global_batch_size,
+        "data.sequence_length": config.data.sequence_length,
+        "run.seed": config.run.seed,
+    }
+
+
+def _init_process_group(config: Config) -> None:
+    accelerated = torch.cuda.is_available()
+    if accelerated:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+
+    # An optional all-reduce for CPUs that DeepSpeed would compile now, for a minute, and wait for ever if another
+    # process was killed while it compiled.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if accelerated else "gloo",
+        timeout=timedelta(seconds=config.parallel.timeout_s),
+        verbose=False,
+    )
+
+
+def _optimizer(config: Config, module: torch.nn.Module) -> torch.optim.Optimizer:
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        (plain if no_weight_decay(name, parameter) else decayed).append(parameter)
+    settings = config.optimizer
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=settings.lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        fused=True,
+    )

@@ -1,0 +1,178 @@
+"""One worker of a run: build the stage, feed it, step, measure, validate, checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch.distributed as dist
+from rich.console import Console
+
+from data_prep.errors import DepthpipeError
+from data_prep.stream import BatchLoader, DatasetSource, SequenceStream
+from pipeline.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.config import Config, OptimizerSection, WeightedDataset
+from pipeline.launch import EXIT_WRONG_INPUT, WORKER_PARENT, end_with_parent
+from pipeline.meter import Meter
+from pipeline.metrics import MetricsWriter, StepMetrics
+from pipeline.progress import TrainProgress
+from pipeline.runtime import check_processes, checkpoint_layout, start_engine
+
+if TYPE_CHECKING:
+    from pipeline.engine import DepthPipelineEngine
+
+
+def run_worker(config: Config) -> None:
+    """Train in this process, as the rank that the environment names, and end it with exit code 0, 1 or 2.
+
+    What libraries print goes to ``logs/rank-N.log``; rank 0's console shows the progress of the run.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    rank = int(os.environ["RANK"])
+    errors = get_error_handler()
+    errors.initialize()
+    end_with_parent()
+    try:
+        check_processes(config, int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        run_dir = Path(config.run.dir)
+        console = _redirect_output(run_dir / "logs" / f"rank-{rank}.log")
+        if rank == 0:
+            (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        train(config, console)
+    except Exception as error:
+        errors.record_exception(error)
+        wrong_input = isinstance(error, DepthpipeError)
+        if WORKER_PARENT not in os.environ:  # otherwise the parent prints what was recorded
+            print(f"depthpipe: rank {rank}: {error}", file=sys.__stderr__ if wrong_input else console)
+        if not wrong_input:
+            sys.excepthook(type(error), error, error.__traceback__)
+        sys.stderr.flush()
+        os._exit(EXIT_WRONG_INPUT if wrong_input else 1)  # a process group that has lost a rank can hang in its exit
+    dist.destroy_process_group()
+
+
+def train(config: Config, console: TextIO) -> None:
+    """Train from the latest checkpoint, or from the start, to ``train.steps``."""
+    run_dir = Path(config.run.dir)
+    layout = checkpoint_layout(config)
+    engine = start_engine(config)
+    checkpoint = latest_checkpoint(run_dir)
+    start_step = 0
+    if checkpoint is not None:
+        load_checkpoint(engine, checkpoint, layout)
+        start_step = checkpoint.step
+    with ExitStack() as stack:
+        loader = _loader(
+            config, engine, config.data.train_datasets(), checkpoint.position if checkpoint else None, stack
+        )
+        meter = Meter(config, engine, loader, start_step)
+        report = _Report(config, console, start_step, stack) if dist.get_rank() == 0 else None
+        for step in range(start_step + 1, config.train.steps + 1):
+            last = step == config.train.steps
+            lr = learning_rate(config.optimizer, step, config.train.steps)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            loss = float(engine.train_batch(loader))
+            line = meter.measure(step, loss, lr) if last or _due(step, config.monitor.every) else None
+            with meter.paused():
+                if config.data.validation and (last or _due(step, config.train.validation_every)):
+                    validation_loss = validate(config, engine)
+                    line = line and dataclasses.replace(line, validation_loss=validation_loss)
+            if report is not None and line is not None:
+                report.write(line)
+            if last or _due(step, config.checkpoint.every):
+                with meter.paused():
+                    position = loader.position() if loader else {}
+                    save_checkpoint(engine, run_dir, step, position, layout, config.checkpoint.keep)
+
+
+def validate(config: Config, engine: DepthPipelineEngine) -> float:
+    """Mean loss over the first ``train.validation_batches`` global batches of the validation set, or all of it."""
+    assert config.data.validation is not None
+    dataset = [WeightedDataset(config.data.validation)]
+    whole_batches = _stream(config, dataset).sequences_per_epoch // config.train.global_batch_size
+    batches = min(config.train.validation_batches, max(1, whole_batches))
+    with ExitStack() as stack:
+        loader = _loader(config, engine, dataset, None, stack)
+        losses = [float(engine.eval_batch(loader)) for _ in range(batches)]
+    return sum(losses) / len(losses)
+
+
+def learning_rate(optimizer: OptimizerSection, step: int, steps: int) -> float:
+    """Rate of optimizer step `step` (from 1): linear warm-up, then constant or a half cosine down to the last step."""
+    if step <= optimizer.warmup_steps:
+        return optimizer.lr * step / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    progress = (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps)
+    floor = optimizer.min_lr_ratio
+    return optimizer.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class _Report:
+    """Rank 0's account of the run: metrics.jsonl, TensorBoard and the live line."""
+
+    def __init__(self, config: Config, console: TextIO, start_step: int, stack: ExitStack) -> None:
+        self._writer = stack.enter_context(MetricsWriter(config.run.dir, config.monitor.tensorboard, start_step))
+        self._progress = stack.enter_context(
+            TrainProgress(
+                config.train.steps, start_step, config.tokens_per_step, Console(file=console, highlight=False)
+            )
+        )
+
+    def write(self, line: StepMetrics) -> None:
+        self._writer.write(line)
+        self._progress.update(line)
+
+
+def _loader(
+    config: Config,
+    engine: DepthPipelineEngine,
+    datasets: list[WeightedDataset],
+    position: dict[str, Any] | None,
+    stack: ExitStack,
+) -> BatchLoader | None:
+    """This rank's batches: inputs on the first stage, labels on the last, nothing between them."""
+    first, last = engine.is_first_stage(), engine.is_last_stage()
+    if not (first or last):
+        return None
+    stream = _stream(config, datasets)
+    loader = BatchLoader(
+        stream,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_rank=engine.grid.get_data_parallel_id(),
+        data_parallel_size=config.parallel.data,
+        position=position,
+        columns="both" if first and last else "inputs" if first else "labels",
+    )
+    stack.callback(loader.close)
+    return loader
+
+
+def _stream(config: Config, datasets: list[WeightedDataset]) -> SequenceStream:
+    sources = [DatasetSource(dataset.path, dataset.weight) for dataset in datasets]
+    return SequenceStream(sources, config.data.sequence_length, config.run.seed)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _redirect_output(log: Path) -> TextIO:
+    """Send this process's stdout and stderr to `log`; returns what stdout was, for the lines that people read."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    console = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(target, sys.stdout.fileno())
+    os.dup2(target, sys.stderr.fileno())
+    os.close(target)
+    return console

@@ -1,0 +1,127 @@
+"""What the workers of the engine tests run: one rank's part of a few training steps, on tokens made from a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.language_model import LanguageModel
+from model.loss import cross_entropy
+from pipeline.config import Config, DataSection, OptimizerSection, ParallelSection, RunSection, TrainSection
+
+MODEL = ModelConfig(
+    vocab_size=96,
+    residual="block",
+    layers_per_block=3,
+    num_hidden_layers=4,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+)
+MICRO_BATCH, SEQUENCE = 2, 16
+
+
+def make_config(model: ModelConfig = MODEL, *, pipeline: int = 1, micro_batches: int = 6, **changes: Any) -> Config:
+    """A configuration without files; `changes` name fields of its sections."""
+    config = Config(
+        run=RunSection(dir="unused", seed=7),
+        model=model,
+        data=DataSection(train="unused", sequence_length=SEQUENCE),
+        train=TrainSection(
+            steps=50,
+            global_batch_size=micro_batches * MICRO_BATCH * changes.get("data", 1),
+            micro_batch_size=MICRO_BATCH,
+            precision="fp32",
+        ),
+        optimizer=OptimizerSection(lr=1e-2, grad_clip=0.5),
+        parallel=ParallelSection(pipeline=pipeline),
+    )
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        for name in ("train", "optimizer", "parallel"):
+            if key in {field.name for field in dataclasses.fields(getattr(config, name))}:
+                sections.setdefault(name, {})[key] = value
+    replaced = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **replaced)
+
+
+class Batches:
+    """Micro-batches of arithmetic progressions (so there is something to learn), the same for everyone."""
+
+    def __init__(self, config: Config, data_rank: int = 0, seed: int = 1) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._config, self._rank = config, data_rank
+        self._queue: list[tuple[Tensor, Tensor]] = []
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        if not self._queue:
+            batch = self._config.train.global_batch_size
+            start, stride = torch.randint(1, 96, (2, batch, 1), generator=self._generator)
+            ids = (start + stride * torch.arange(SEQUENCE + 1)) % 96
+            mine = ids.chunk(self._config.parallel.data)[self._rank]
+            self._queue = [(part[:, :-1], part[:, 1:]) for part in mine.split(MICRO_BATCH)]
+        return self._queue.pop(0)
+
+
+def start(config: Config) -> Any:
+    """An engine whose depth queries are not zero: zero queries hide faults of the read."""
+    from pipeline.runtime import start_engine
+
+    engine = start_engine(config)
+    for index, layer in enumerate(engine.module.forward_funcs, start=engine.module._local_start):
+        set_queries(layer, index)
+    return engine
+
+
+def set_queries(layer: torch.nn.Module, index: int) -> None:
+    """Draw the depth queries of pipeline layer `index`, wherever it is."""
+    generator = torch.Generator()
+    for name, parameter in layer.named_parameters():
+        if name.endswith("query"):
+            generator.manual_seed(index * 2 + ("mlp" in name))
+            parameter.data.normal_(generator=generator)
+
+
+def gradients_of_plain_model(config: Config) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the same step by plain autograd on the whole model, without pipeline or DeepSpeed."""
+    model = LanguageModel(config.model, config.run.seed)
+    for index, layer in enumerate(model.layers):
+        set_queries(layer, index)
+    batches = Batches(config)
+    total = torch.zeros(())
+    for _ in range(config.micro_batches):
+        inputs, labels = next(batches)
+        loss = cross_entropy(model(inputs), labels)
+        (loss / config.micro_batches).backward()
+        total += loss.detach()
+    gradients = {name: parameter.grad for name, parameter in model.layers.named_parameters()}
+    return float(total / config.micro_batches), gradients
+
+
+def gradients_before_step(config: Config) -> tuple[float, dict[str, Tensor], int]:
+    """Loss and gradients of one step, by name (``{layer}.{parameter}``), before the optimizer sees them; bytes sent."""
+    engine = start(config)
+    found: dict[str, Tensor] = {}
+
+    def keep_gradients(*_: Any) -> None:
+        found.update({name: parameter.grad.clone() for name, parameter in engine.module.named_parameters()})
+
+    engine._take_model_step = keep_gradients
+    loss = engine.train_batch(Batches(config))
+    return float(loss), found, engine.transport_bytes_sent
+
+
+def losses_of_steps(config: Config, steps: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    engine = start(config)
+    batches = Batches(config, engine.grid.get_data_parallel_id())
+    results = []
+    for _ in range(steps):
+        loss = float(engine.train_batch(batches))
+        results.append((loss, float(engine.get_global_grad_norm())))
+    return results
