@@ -47,7 +47,9 @@ class RunHistory:
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric over the run, up to the last step; where it is None there is no point."""
-        points = self.points if self.last is None else [*self.points, self.last]
+        points = self.points
+        if self.last is not None and self.last.step > points[-1].step:
+            points = [*points, self.last]
         known = [(point.step, value) for point in points if (value := getattr(point, name)) is not None]
         return [step for step, _ in known], [value for _, value in known]
 
@@ -92,10 +94,10 @@ class RunHistory:
             self.validation.append((metrics.step, metrics.validation_loss))
         if self._until_next == 0:
             self.points.append(metrics)
-            self._until_next = self._stride
             if len(self.points) > 2 * _POINTS:
                 self.points = self.points[::2]
                 self._stride *= 2
+            self._until_next = self._stride
         self._until_next -= 1
 
     def _sample(self, end: int) -> None:
