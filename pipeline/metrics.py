@@ -43,7 +43,7 @@ class StepMetrics:
     mfu: float | None  # model FLOP/s over peak FLOP/s of the devices, 0..1; None where the peak is not known
     data_wait_s: float  # part of step_time_s in which training waited for data
     bubble_fraction: float  # part of a step in which a stage waits for its neighbours, 0..1
-    memory_bytes: int  # peak of the fullest device (CPU: resident memory of the fullest process)
+    memory_bytes: int  # peak of the fullest device; CPU: peak resident memory of the fullest process
     time: float  # seconds since the Unix epoch at the end of the step
     validation_loss: float | None = None  # nats per token, on the steps where it was measured
 

@@ -331,12 +331,14 @@ def _describe(config: dict[str, Any]) -> tuple[str, str]:
     replicas = int(_get(config, "parallel", "data", default=1))
     batch = int(_get(config, "train", "global_batch_size", default=0))
     micro_batch = int(_get(config, "train", "micro_batch_size", default=1))
+    split = _get(config, "parallel", "split", default=[])
+    layers = f" of {' + '.join(map(str, split))} layers" if split else ""
+    precision = _get(config, "train", "precision", default="auto")
     layout = (
-        f"{stages} stage{'s' * (stages > 1)} × {replicas} replica{'s' * (replicas > 1)}"
+        f"{stages} stage{'s' * (stages > 1)}{layers} × {replicas} replica{'s' * (replicas > 1)}"
         f" · {_get(config, 'parallel', 'schedule', default='1f1b')}"
         f" · {batch // (micro_batch * replicas)} micro-batches of {micro_batch}"
-        f" · {_get(config, 'train', 'precision', default='fp32')}"
-    )
+    ) + (f" · {precision}" if precision != "auto" else "")
     return model, layout
 
 

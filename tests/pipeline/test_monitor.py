@@ -144,6 +144,12 @@ def test_what_looks_wrong_is_said(tmp_path):
     assert "▲ no step yet after 10m 00s; see " in frame(late)
 
 
+def test_the_layout_of_a_lopsided_run(tmp_path):
+    run_dir = make_run(tmp_path / "run", 5)
+    (run_dir / "config.yaml").write_text(CONFIG.replace("data: 1,", "data: 4, split: [5, 3],").replace("fp32", "auto"))
+    assert "2 stages of 5 + 3 layers × 4 replicas · 1f1b · 4 micro-batches of 2 " in frame(run_dir)
+
+
 def test_an_old_configuration_without_our_keys_still_shows(tmp_path):
     run_dir = make_run(tmp_path / "run", 5)
     (run_dir / "config.yaml").write_text("{train: {steps: 10}, model: null}")
@@ -237,11 +243,13 @@ def test_sparkline():
     assert len(sparkline(range(1000), 10)) == 10
 
 
-def write_steps(run_dir: Path, steps: range) -> None:
+def write_steps(run_dir: Path, steps: range, loss: float = 2.0) -> None:
     with MetricsWriter(run_dir, tensorboard=False, start_step=steps.start - 1) as writer:
         for step in steps:
             writer.write(
-                replace(METRICS, step=step, time=float(step), validation_loss=step if step % 1000 == 0 else None)
+                replace(
+                    METRICS, step=step, loss=loss, time=float(step), validation_loss=step if step % 1000 == 0 else None
+                )
             )
 
 
@@ -256,13 +264,14 @@ def test_the_history_reads_only_what_is_new(tmp_path):
     assert history.curve("step")[0] == list(range(1, 15))
 
 
-def test_the_history_follows_a_resume(tmp_path):
-    write_steps(tmp_path, range(1, 21))
+@pytest.mark.parametrize("end", [13, 31])  # the file is shorter, or already longer, than it was before the cut
+def test_the_history_follows_a_resume(tmp_path, end):
+    write_steps(tmp_path, range(1, 21), loss=2.0)
     history = RunHistory(tmp_path)
     history.refresh()
-    write_steps(tmp_path, range(11, 31))  # cut after step 10, and already longer than it was
+    write_steps(tmp_path, range(11, end), loss=3.0)
     history.refresh()
-    assert history.curve("step")[0] == list(range(1, 31))
+    assert history.curve("loss") == (list(range(1, end)), [2.0] * 10 + [3.0] * (end - 11))
 
 
 def test_a_long_history_is_thinned_evenly_and_keeps_all_validations(tmp_path):
