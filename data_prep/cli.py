@@ -1,0 +1,267 @@
+"""The data commands: `tokenizer train`, `tokenize`, `data verify`, `data inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from data_prep.checks import statistics, verify
+from data_prep.errors import DepthpipeError
+from data_prep.job import Report, tokenize_corpus
+from data_prep.plan import Options
+from data_prep.training import train_tokenizer
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+console = Console(highlight=False)
+
+
+def add_commands(subparsers: Subparsers) -> None:
+    """Register the data commands; each sets `run`, a function from the parsed arguments to an exit code."""
+    tokenizer = _command(subparsers, "tokenizer", "train a tokenizer", None)
+    train = _command(
+        tokenizer.add_subparsers(required=True, metavar="COMMAND"),
+        "train",
+        "train a sentencepiece model that gives every text back exactly",
+        _run_tokenizer_train,
+        "depthpipe tokenizer train corpus/ --out tokenizer.model --vocab-size 16384",
+    )
+    _add_input_arguments(train)
+    train.add_argument("--out", required=True, metavar="FILE.model", help="the model file to write")
+    train.add_argument("--vocab-size", type=_positive, required=True, metavar="N", help="number of pieces")
+    train.add_argument(
+        "--max-bytes",
+        type=_positive,
+        default=256 << 20,
+        help="text to train on, from all over the corpus (%(default)s)",
+    )
+
+    tokenize = _command(
+        subparsers,
+        "tokenize",
+        "turn text into shards of tokens; killed, the same command goes on where it was",
+        _run_tokenize,
+        "depthpipe tokenize corpus/ --tokenizer tokenizer.model --out data --validation-fraction 0.01",
+    )
+    _add_input_arguments(tokenize)
+    tokenize.add_argument("--tokenizer", required=True, metavar="FILE.model", help="a sentencepiece model")
+    tokenize.add_argument("--out", required=True, metavar="DIR", help="the dataset directory to make")
+    tokenize.add_argument("--workers", type=_positive, default=_usable_cores(), metavar="N", help="(all cores)")
+    tokenize.add_argument(
+        "--validation-fraction",
+        type=_fraction,
+        default=0.0,
+        metavar="F",
+        help="share of documents for DIR/validation; the rest goes to DIR/train",
+    )
+
+    data = _command(subparsers, "data", "check a dataset, or look into it", None)
+    commands = data.add_subparsers(required=True, metavar="COMMAND")
+    check = _command(
+        commands,
+        "verify",
+        "check every checksum and count of a dataset",
+        _run_verify,
+        "depthpipe data verify data/train",
+    )
+    check.add_argument("dir", metavar="DIR", help="a dataset directory (the one with manifest.json)")
+    look = _command(
+        commands,
+        "inspect",
+        "show totals, document lengths and samples",
+        _run_inspect,
+        "depthpipe data inspect data/train",
+    )
+    look.add_argument("dir", metavar="DIR", help="a dataset directory (the one with manifest.json)")
+    look.add_argument("--samples", type=int, default=3, metavar="N", help="decoded samples to show (%(default)s)")
+
+
+def _command(
+    subparsers: Subparsers,
+    name: str,
+    summary: str,
+    run: Callable[[argparse.Namespace], int] | None,
+    example: str | None = None,
+) -> argparse.ArgumentParser:
+    epilog = f"example: {example}" if example else None
+    parser = subparsers.add_parser(name, help=summary, description=summary, epilog=epilog)
+    if run:
+        parser.set_defaults(run=run)
+    return parser
+
+
+def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, directories or globs")
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="GLOB", help="in directories, read these files"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="leave out files and directories of this name"
+    )
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or parquet column (%(default)s)")
+    parser.add_argument(
+        "--documents",
+        choices=("file", "line"),
+        default="file",
+        help="what a document of a plain text file is (%(default)s)",
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="count lines and rows that cannot be read, and go on")
+
+
+def _run_tokenizer_train(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    with _progress("{task.description}") as bar:
+        task = bar.add_task("reading text", total=None)
+
+        def show(read: int, wanted: int) -> None:
+            done = read >= wanted
+            bar.update(task, completed=read, total=wanted, description="training" if done else "reading text")
+
+        trained = train_tokenizer(
+            args.inputs,
+            args.out,
+            args.vocab_size,
+            include=args.include,
+            exclude=args.exclude,
+            text_key=args.text_key,
+            documents=args.documents,
+            skip_bad=args.skip_bad,
+            max_bytes=args.max_bytes,
+            progress=show,
+        )
+    if trained:
+        _print(f"{args.out}: {args.vocab_size:,} pieces in {time.monotonic() - started:.1f} s")
+    else:
+        _print(f"{args.out}: reused, made from the same text before")
+    return 0
+
+
+def _run_tokenize(args: argparse.Namespace) -> int:
+    options = Options(
+        text_key=args.text_key,
+        documents=args.documents,
+        validation_fraction=args.validation_fraction,
+        skip_bad=args.skip_bad,
+    )
+    started = time.monotonic()
+    first: list[int] = []  # tokens that were there when this run began: they are no speed of ours
+    try:
+        with _progress(
+            "{task.fields[documents]:,} documents", "{task.fields[tokens]:,} tokens", "{task.fields[speed]}"
+        ) as bar:
+            task = bar.add_task("tokenizing", total=1.0, documents=0, tokens=0, speed="", start=True)
+
+            def show(documents: int, tokens: int, size: int, share: float) -> None:
+                first[:] = first or [tokens]
+                speed = (tokens - first[0]) / max(time.monotonic() - started, 1e-9)
+                bar.update(task, completed=share, documents=documents, tokens=tokens, speed=f"{speed:,.0f} tokens/s")
+
+            report = tokenize_corpus(
+                args.inputs,
+                args.tokenizer,
+                args.out,
+                workers=args.workers,
+                options=options,
+                include=args.include,
+                exclude=args.exclude,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        _print(f"{args.out}: stopped; the same command goes on from here")
+        return 130
+    _print_report(report, args.out)
+    return 0
+
+
+def _print_report(report: Report, out: str) -> None:
+    counters = report.counters
+    totals = f"{counters.documents:,} documents, {counters.tokens:,} tokens"
+    if report.reused:
+        _print(f"{out}: reused, {totals} made from the same text before")
+    else:
+        speed = counters.tokens / max(report.seconds, 1e-9)
+        _print(f"{out}: {totals} in {report.seconds:.1f} s ({speed:,.0f} tokens/s)")
+    for count, what in (
+        (counters.empty_documents, "empty documents left out"),
+        (counters.undecodable_bytes, "bytes that are not UTF-8 replaced by U+FFFD"),
+        (counters.skipped, "lines or rows skipped"),
+    ):
+        if count:
+            _print(f"  {count:,} {what}")
+    for example in counters.skipped_examples:
+        _print(f"    {example}")
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    with _progress("{task.description}") as bar:
+        task = bar.add_task("reading shards", total=None)
+        problems = verify(args.dir, lambda read, total: bar.update(task, completed=read, total=total))
+    for problem in problems:
+        _print(problem)
+    if problems:
+        raise DepthpipeError(f"{args.dir}: {len(problems)} problems found: restore the files, or tokenize again")
+    _print(f"{args.dir}: every shard is as it was written")
+    return 0
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    result = statistics(args.dir, args.samples)
+    manifest = result.manifest
+    _print(
+        f"{Path(args.dir)}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {len(manifest.shards)} shards"
+    )
+    _print(
+        f"{manifest.text_bytes:,} bytes of text, {result.bytes_per_token:.2f} bytes per token; "
+        f"vocabulary {manifest.vocab_size:,}, {manifest.dtype}"
+    )
+    _print(f"tokens per document (longest {result.longest_document:,}):")
+    most = max(result.length_histogram.values(), default=1)
+    for limit, count in result.length_histogram.items():
+        _print(f"  < {limit:>11,} {'█' * round(40 * count / most):<40} {count:,}")
+    for number, sample in enumerate(result.samples, 1):
+        _print(f"--- sample {number}")
+        _print(sample)
+    return 0
+
+
+@contextmanager
+def _progress(*columns: str) -> Iterator[Progress]:
+    shown: list[Any] = [BarColumn(), *map(TextColumn, columns), TimeElapsedColumn(), TimeRemainingColumn()]
+    # Where the output is no terminal, a bar is noise; the closing line says all.
+    progress = Progress(*shown, console=console, transient=True, disable=not console.is_terminal)
+    try:
+        yield progress
+    finally:
+        progress.stop()
+
+
+def _print(text: str) -> None:
+    console.print(escape(text), soft_wrap=True)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
+    return value
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,245 @@
+"""Reads the documents of one slice of a corpus file, never holding more than a block of a long document in memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import IO, Any, NamedTuple
+
+from data_prep.corpus import CorpusFile
+from data_prep.errors import DepthpipeError
+
+READ_BYTES = 1 << 20
+HEAD_BYTES = 1 << 16
+# Where the encoder may be restarted inside a document: in front of a run of spaces, and after a newline.
+CUT = re.compile(rb"(?<=\n)|(?<=[^ ])(?= )")
+
+
+class Slice(NamedTuple):
+    """A range of one file: bytes of text and jsonl, row groups of parquet; 0 to -1 for a whole compressed file."""
+
+    file: int
+    start: int
+    stop: int
+
+
+class Fragment(NamedTuple):
+    """Consecutive text of one document. `head` is the document's first bytes, the same for all its fragments."""
+
+    head: bytes
+    text: str
+    ends: bool
+
+
+@dataclass
+class Counters:
+    """What was read, and what could not be: nothing is lost silently."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    empty_documents: int = 0
+    undecodable_bytes: int = 0
+    skipped: int = 0
+    skipped_examples: list[str] = field(default_factory=list)
+
+    def add(self, other: Counters) -> None:
+        """Add `other`'s counts to these."""
+        for name in (f.name for f in fields(self) if f.type == "int"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.skipped_examples = (self.skipped_examples + other.skipped_examples)[:5]
+
+
+@dataclass
+class DocumentReader:
+    """Turns slices into documents.
+
+    `documents`: what a document of a plain text file is, the whole `file` or each `line`. `cuttable`: whether a
+    document may be handed on in fragments, which asks for an encoder that is exact at every CUT. `skip_bad`: count
+    what cannot be read and go on, where the default is a DepthpipeError that names file and line.
+    """
+
+    text_key: str
+    documents: str
+    cuttable: bool
+    skip_bad: bool
+    counters: Counters = field(default_factory=Counters)
+
+    def read(self, file: CorpusFile, start: int, stop: int) -> Iterator[Fragment]:
+        """Documents of `file` that begin in the slice (for a document cut over slices: its text in the slice)."""
+        try:
+            if file.kind == "text" and self.documents == "file":
+                yield from self._text_file(file, start, stop)
+            elif file.kind == "parquet":
+                yield from self._rows(file, start, stop)
+            elif file.kind in ("text", "jsonl"):
+                yield from self._lines(file, start, stop)
+            else:
+                yield from self._compressed_lines(file)
+        except OSError as error:
+            raise DepthpipeError(f"{file.path}: cannot read ({error.strerror or error}): check the file") from None
+
+    def _text_file(self, file: CorpusFile, start: int, stop: int) -> Iterator[Fragment]:
+        if file.size == 0:
+            self.counters.empty_documents += 1
+            return
+        with open(file.path, "rb") as stream:
+            head = stream.read(HEAD_BYTES)
+            start = first_cut(stream, start, file.size)
+            stop = first_cut(stream, stop, file.size)
+            stream.seek(start)
+            rest = b""
+            position = start
+            while position < stop:
+                block = stream.read(min(READ_BYTES, stop - position))
+                if not block:
+                    raise OSError("it became shorter while it was read")
+                position += len(block)
+                rest += block
+                cut = last_cut(rest) if self.cuttable and position < stop else len(rest) * (position == stop)
+                if cut:
+                    yield Fragment(head, self._decode(rest[:cut]), ends=position == stop == file.size)
+                    rest = rest[cut:]
+
+    def _lines(self, file: CorpusFile, start: int, stop: int) -> Iterator[Fragment]:
+        parse = self._parse_json if file.kind == "jsonl" else self._parse_line
+        with open(file.path, "rb") as stream:
+            if start:
+                stream.seek(start - 1)
+                stream.readline()
+            position = stream.tell()
+            while position < stop:
+                line = stream.readline()
+                if not line:
+                    break
+                yield from parse(line, file, partial(_line_number, file.path, position))
+                position += len(line)
+
+    def _compressed_lines(self, file: CorpusFile) -> Iterator[Fragment]:
+        number = 0
+        try:
+            with open_compressed(file) as stream:
+                for number, line in enumerate(stream, 1):
+                    yield from self._parse_json(line, file, partial(int, number))
+        except (EOFError, gzip.BadGzipFile, ValueError) as error:
+            self._bad(f"{file.path}:{number + 1}: damaged archive ({error})")
+
+    def _rows(self, file: CorpusFile, start: int, stop: int) -> Iterator[Fragment]:
+        table = open_parquet(file.path)
+        if self.text_key not in table.schema_arrow.names:
+            raise DepthpipeError(f"{file.path}: no column {self.text_key!r}: name one with --text-key")
+        for group in range(start, stop):
+            row = 0
+            for batch in table.iter_batches(batch_size=1024, row_groups=[group], columns=[self.text_key]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    if isinstance(value, str):
+                        yield from self._whole(value)
+                    else:
+                        self._bad(f"{file.path}: row {row} of row group {group}: {self.text_key!r} is not text")
+
+    def _parse_json(self, line: bytes, file: CorpusFile, number: Callable[[], int]) -> Iterator[Fragment]:
+        if not line.strip():
+            return
+        try:
+            value = json.loads(self._decode(line))
+            text = value[self.text_key]
+        except (ValueError, RecursionError):
+            self._bad(f"{file.path}:{number()}: not valid JSON")
+        except (KeyError, TypeError, IndexError):
+            self._bad(f"{file.path}:{number()}: no key {self.text_key!r} (another name goes with --text-key)")
+        else:
+            if isinstance(text, str):
+                yield from self._whole(text)
+            else:
+                self._bad(f"{file.path}:{number()}: {self.text_key!r} is not text")
+
+    def _parse_line(self, line: bytes, file: CorpusFile, number: Callable[[], int]) -> Iterator[Fragment]:
+        yield from self._whole(self._decode(line.removesuffix(b"\n")))
+
+    def _whole(self, text: str) -> Iterator[Fragment]:
+        if not text:
+            self.counters.empty_documents += 1
+            return
+        try:
+            head = text[:HEAD_BYTES].encode()
+            if not text.isascii():
+                text.encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
+            text = self._decode(text.encode("utf-8", "surrogatepass"))
+            head = text[:HEAD_BYTES].encode()
+        yield Fragment(head, text, ends=True)
+
+    def _decode(self, data: bytes) -> str:
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            self.counters.undecodable_bytes += len(data) - len(data.decode("utf-8", "ignore").encode())
+            return data.decode("utf-8", "replace")
+
+    def _bad(self, what: str) -> None:
+        if not self.skip_bad:
+            raise DepthpipeError(f"{what}: mend it, or go on without it with --skip-bad")
+        self.counters.skipped += 1
+        if len(self.counters.skipped_examples) < 5:
+            self.counters.skipped_examples.append(what)
+
+
+def first_cut(stream: IO[bytes], position: int, size: int) -> int:
+    """The first place at or after `position` where a document may be cut; `size` when there is none."""
+    if position <= 0 or position >= size:
+        return max(0, min(position, size))
+    stream.seek(position - 1)
+    window = stream.read(READ_BYTES)
+    searched = 1
+    while True:
+        match = CUT.search(window, searched)
+        if match and match.start() < len(window):
+            return position - 1 + match.start()
+        more = stream.read(len(window))
+        if not more:
+            return size
+        searched = len(window)
+        window += more
+
+
+def last_cut(data: bytes) -> int:
+    """The last place in `data` where a document may be cut; 0 when there is none."""
+    newline = data.rfind(b"\n") + 1
+    space = data.rfind(b" ")
+    return max(newline, len(data[: space + 1].rstrip(b" ")) if space > 0 else 0)
+
+
+def open_compressed(file: CorpusFile) -> io.BufferedIOBase:
+    """Decompressed bytes of a `.gz` or `.zst` file."""
+    if file.kind == "jsonl.gz":
+        return gzip.open(file.path, "rb")
+    import zstandard
+
+    return io.BufferedReader(zstandard.open(file.path, "rb"), READ_BYTES)
+
+
+def open_parquet(path: str) -> Any:
+    """`pyarrow.parquet.ParquetFile`, or a DepthpipeError that says what is wrong."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DepthpipeError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        return parquet.ParquetFile(path)
+    except ArrowException as error:
+        raise DepthpipeError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _line_number(path: str, position: int) -> int:
+    with open(path, "rb") as stream:
+        newlines = 0
+        while position > 0 and (block := stream.read(min(READ_BYTES, position))):
+            newlines += block.count(b"\n")
+            position -= len(block)
+    return newlines + 1

@@ -1,0 +1,119 @@
+"""The order of a dataset's sequences: a pure function of (manifest, seed, sequence length), with random access.
+
+Shards are grouped into blocks, blocks are shuffled, and consecutive shuffled blocks form windows that are shuffled
+sequence by sequence. A window is large enough to shuffle like the whole (most datasets are one window), and small
+enough that reading on from any position opens only the shards of that window.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.errors import DepthpipeError
+from data_prep.manifest import Manifest
+
+Int64Array = npt.NDArray[np.int64]
+
+WINDOW_TOKENS = 1 << 28
+# Sequences do not cross blocks, so each block loses less than one sequence at its end: 0.1 % at most.
+BLOCK_SEQUENCES = 1024
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def permutation(count: int, *key: int) -> Int64Array:
+    """A permutation of `range(count)` determined by `key`, as int64 [count].
+
+    Sorts splitmix64 hashes (Steele, Lea, Flood 2014), so that it never changes with a library's generator.
+    """
+    with np.errstate(over="ignore"):
+        state = np.uint64(0)
+        for part in key:
+            state = _mix(np.array([state ^ np.uint64(part % 2**64)]) + np.uint64(GOLDEN))[0]
+        hashes = _mix(state + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+    return np.argsort(hashes, kind="stable")
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Blocks in the order of one epoch, and how many of the epoch's sequences lie before each window and block."""
+
+    blocks: Int64Array
+    sequences_before_block: Int64Array  # [blocks + 1], in epoch order
+    first_block_of_window: Int64Array  # [windows + 1], places in `blocks`
+
+
+class DatasetOrder:
+    """Where each sequence of the endless, reshuffled stream over one dataset starts."""
+
+    def __init__(self, manifest: Manifest, sequence_length: int, seed: int, window_tokens: int = WINDOW_TOKENS) -> None:
+        """Raises DepthpipeError when the dataset is shorter than one sequence."""
+        if manifest.tokens <= sequence_length:
+            raise DepthpipeError(
+                f"{manifest.directory}: {manifest.tokens} tokens, too few for one sequence of {sequence_length} + 1: "
+                "lower data.sequence_length or tokenize more text"
+            )
+        self.sequence_length = sequence_length
+        self.seed = seed
+        shard_tokens = np.array([shard.tokens for shard in manifest.shards], dtype=np.int64)
+        self._block_start = _block_starts(shard_tokens, BLOCK_SEQUENCES * sequence_length)
+        self._block_sequences: Int64Array = (np.diff(self._block_start) - 1) // sequence_length
+        self._window_sequences = max(1, window_tokens // sequence_length)
+        self.sequences_per_epoch = int(self._block_sequences.sum())
+        self._epoch = functools.lru_cache(2)(self._make_epoch)
+        self._window = functools.lru_cache(3)(self._make_window)
+
+    def starts(self, indices: Int64Array) -> Int64Array:
+        """Token offsets in the dataset where sequences `indices` of the stream start; int64, same shape."""
+        starts = np.empty_like(indices)
+        epochs, places = np.divmod(indices, self.sequences_per_epoch)
+        for epoch in np.unique(epochs):
+            layout = self._epoch(int(epoch))
+            in_epoch = epochs == epoch
+            window_start = layout.sequences_before_block[layout.first_block_of_window]
+            windows = np.searchsorted(window_start, places, side="right") - 1
+            for window in np.unique(windows[in_epoch]):
+                chosen = in_epoch & (windows == window)
+                starts[chosen] = self._window(int(epoch), int(window))[places[chosen] - window_start[window]]
+        return starts
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        blocks = permutation(len(self._block_sequences), self.seed, epoch)
+        before = np.concatenate([[0], np.cumsum(self._block_sequences[blocks])])
+        windows = max(1, round(self.sequences_per_epoch / self._window_sequences))
+        bounds = np.arange(windows + 1) * self.sequences_per_epoch // windows
+        first_block = np.unique(np.searchsorted(before, bounds))
+        return _Epoch(blocks, before, first_block)
+
+    def _make_window(self, epoch: int, window: int) -> Int64Array:
+        layout = self._epoch(epoch)
+        first, last = layout.first_block_of_window[window : window + 2]
+        starts = np.concatenate(
+            [
+                self._block_start[block] + np.arange(self._block_sequences[block]) * self.sequence_length
+                for block in layout.blocks[first:last]
+            ]
+        )
+        return starts[permutation(len(starts), self.seed, epoch, window)]
+
+
+def _block_starts(shard_tokens: Int64Array, block_tokens: int) -> Int64Array:
+    """Token offsets [blocks + 1] of blocks of whole shards, each of at least `block_tokens` if there are as many."""
+    ends = np.cumsum(shard_tokens)
+    starts = [0]
+    for end in ends:
+        if end - starts[-1] >= block_tokens:
+            starts.append(int(end))
+    if len(starts) == 1:
+        starts.append(int(ends[-1]))
+    starts[-1] = int(ends[-1])  # a short rest joins the last block
+    return np.array(starts, dtype=np.int64)

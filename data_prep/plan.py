@@ -1,0 +1,156 @@
+"""The plan of a tokenizing job: which slices of which files make which shard.
+
+The plan is a function of the inputs and the options alone, so any number of workers, on any number of machines, killed
+and started again any number of times, makes the same shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.corpus import CorpusFile
+from data_prep.documents import Slice, open_parquet
+from data_prep.errors import DepthpipeError
+from data_prep.shards import CHUNK_TOKENS
+
+PLAN_VERSION = 1
+MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 256 << 20
+UNITS_WANTED = 256
+SLICES_PER_UNIT = 16
+COMPRESSION_RATIO = 4  # of text under gzip and zstd, near enough to size units by
+
+
+@dataclass(frozen=True)
+class Options:
+    """What, beside inputs and tokenizer, decides the bytes of the result."""
+
+    text_key: str = "text"
+    documents: str = "file"
+    validation_fraction: float = 0.0
+    skip_bad: bool = False
+    chunk_tokens: int = CHUNK_TOKENS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job: inputs, tokenizer, options, and the units of work. Unit `i` becomes one shard (of each half)."""
+
+    files: tuple[CorpusFile, ...]
+    tokenizer: str
+    options: Options
+    units: tuple[tuple[Slice, ...], ...]
+    version: int = PLAN_VERSION
+
+    @classmethod
+    def make(cls, files: Sequence[CorpusFile], tokenizer: str, options: Options, *, cuttable: bool) -> Plan:
+        """Cut `files` into units of about equal work. `cuttable`: whether one document may be cut over slices."""
+        total = sum(_work(file) for file in files)
+        unit_bytes = min(max(total // UNITS_WANTED, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+        groups = _groups(files, options, unit_bytes, cuttable=cuttable)
+        # A shard then holds text from all over the corpus, so a shuffle over a few shards is as good as over all.
+        random.Random(0).shuffle(groups)
+        units: list[tuple[Slice, ...]] = []
+        unit: list[Slice] = []
+        filled = 0
+        for group in groups:
+            for piece, work in group:
+                unit.append(piece)
+                filled += work
+                if filled >= unit_bytes:
+                    units.append(tuple(unit))
+                    unit, filled = [], 0
+        if unit:
+            units.append(tuple(unit))
+        return cls(tuple(files), tokenizer, options, tuple(units))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the job without what differs between machines (paths and times of files)."""
+        files = [(file.name, file.kind, file.size) for file in self.files]
+        content = [self.version, files, self.tokenizer, dataclasses.asdict(self.options), self.units]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """For the record beside the result; the units follow from the rest."""
+        return {
+            "version": self.version,
+            "fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer,
+            "options": dataclasses.asdict(self.options),
+            "files": [list(dataclasses.astuple(file)) for file in self.files],
+        }
+
+    def check_same_as(self, record: dict[str, Any], directory: Path) -> None:
+        """Raises a DepthpipeError that names the first difference between this job and the one in `directory`."""
+        remedy = f"restore it, remove {directory}, or choose another --out"
+        if record.get("version") != self.version:
+            raise DepthpipeError(f"{directory}: made by another version of depthpipe: {remedy}")
+        if record["tokenizer"] != self.tokenizer:
+            raise DepthpipeError(f"{directory}: was begun with another tokenizer: {remedy}")
+        for name, value in dataclasses.asdict(self.options).items():
+            if record["options"].get(name) != value:
+                was = record["options"].get(name)
+                raise DepthpipeError(f"{directory}: was begun with {name} {was!r}, now it is {value!r}: {remedy}")
+        before = {fields[1]: CorpusFile(*fields) for fields in record["files"]}
+        now = {file.name: file for file in self.files}
+        for name, file in now.items():
+            if name not in before:
+                raise DepthpipeError(f"{file.path}: new since {directory} was begun: {remedy}")
+            if (file.size, file.mtime_ns) != (before[name].size, before[name].mtime_ns):
+                raise DepthpipeError(f"{file.path}: changed since {directory} was begun: {remedy}")
+        for name in before.keys() - now.keys():
+            raise DepthpipeError(f"{before[name].path}: gone since {directory} was begun: {remedy}")
+        if record["fingerprint"] != self.fingerprint:
+            raise DepthpipeError(f"{directory}: was begun with other inputs or in another order: {remedy}")
+
+
+def _work(file: CorpusFile) -> int:
+    return file.size if file.kind in ("text", "jsonl") else file.size * COMPRESSION_RATIO
+
+
+Group = list[tuple[Slice, int]]  # slices that stay together, each with its work in bytes
+
+
+def _groups(files: Sequence[CorpusFile], options: Options, unit_bytes: int, *, cuttable: bool) -> list[Group]:
+    """Slices in groups that the plan may shuffle: parts of one long document stay together, small files share one."""
+    slice_bytes = unit_bytes // SLICES_PER_UNIT
+    groups: list[Group] = []
+    small: Group = []
+    for index, file in enumerate(files):
+        if file.kind == "text" and options.documents == "file":
+            step = unit_bytes if cuttable else max(file.size, 1)
+            parts = _ranges(index, file.size, step)
+            if len(parts) > 1:
+                groups.append(parts)
+                continue
+        elif file.kind in ("text", "jsonl"):
+            parts = _ranges(index, file.size, slice_bytes)
+            if len(parts) > 1:
+                groups += [[part] for part in parts]
+                continue
+        elif file.kind == "parquet":
+            metadata = open_parquet(file.path).metadata
+            sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+            groups += [[(Slice(index, i, i + 1), size)] for i, size in enumerate(sizes)]
+            continue
+        else:
+            parts = [(Slice(index, 0, -1), _work(file))]
+        small += parts
+        if sum(work for _, work in small) >= slice_bytes:
+            groups.append(small)
+            small = []
+    if small:
+        groups.append(small)
+    return groups
+
+
+def _ranges(index: int, size: int, step: int) -> Group:
+    starts = range(0, size, step) if size else [0]
+    return [(Slice(index, start, min(start + step, size)), min(step, size - start)) for start in starts]

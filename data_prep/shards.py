@@ -1,0 +1,168 @@
+"""Shards: uncompressed tars of `.npy` token chunks, laid out so that the place of every token is arithmetic.
+
+Every member but the last holds exactly `chunk_tokens` tokens, so member `k` starts `k * member_bytes` into the file,
+and a shard reads as one memory map. Plain `tar` and plain `webdataset` read the same file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.errors import DepthpipeError
+
+CHUNK_TOKENS = 65_536
+TAR_BLOCK = 512
+NPY_HEADER_BYTES = 128
+TAR_END = bytes(2 * TAR_BLOCK)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard as the manifest lists it. `file` is relative to the dataset, `sha256` is of the whole file."""
+
+    file: str
+    tokens: int
+    documents: int
+    bytes: int
+    sha256: str
+
+
+def member_bytes(tokens: int, itemsize: int) -> int:
+    """Bytes that a chunk of `tokens` takes in a tar: tar header, npy header, tokens, padding."""
+    payload = NPY_HEADER_BYTES + tokens * itemsize
+    return TAR_BLOCK + -(-payload // TAR_BLOCK) * TAR_BLOCK
+
+
+def shard_bytes(tokens: int, itemsize: int, chunk_tokens: int) -> int:
+    """Size in bytes of a shard of `tokens` tokens."""
+    full, rest = divmod(tokens, chunk_tokens)
+    last = member_bytes(rest, itemsize) if rest else 0
+    return full * member_bytes(chunk_tokens, itemsize) + last + len(TAR_END)
+
+
+class ShardWriter:
+    """Appends packed tokens to a temporary file, which takes the place of `path` only when it is whole and on disk."""
+
+    def __init__(self, path: Path, dtype: np.dtype[np.unsignedinteger], chunk_tokens: int = CHUNK_TOKENS) -> None:
+        self.path = path
+        self.documents = 0
+        self.tokens = 0
+        self._dtype = dtype
+        self._chunk_bytes = chunk_tokens * dtype.itemsize
+        self._buffer = bytearray()
+        self._members = 0
+        self._sha256 = hashlib.sha256()
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by finish or discard)
+
+    def append(self, packed: bytes) -> None:
+        """Add ids packed as `dtype`."""
+        self._buffer += packed
+        self.tokens += len(packed) // self._dtype.itemsize
+        if len(self._buffer) >= self._chunk_bytes:
+            whole = len(self._buffer) // self._chunk_bytes * self._chunk_bytes
+            for start in range(0, whole, self._chunk_bytes):
+                self._write_member(self._buffer[start : start + self._chunk_bytes])
+            del self._buffer[:whole]
+
+    def finish(self, name: str) -> ShardInfo | None:
+        """Make the shard appear under its path; None, and no file, when it has no tokens."""
+        if not self.tokens:
+            self.discard()
+            return None
+        if self._buffer:
+            self._write_member(self._buffer)
+        self._write(TAR_END)
+        size = self._file.tell()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+        return ShardInfo(name, self.tokens, self.documents, size, self._sha256.hexdigest())
+
+    def discard(self) -> None:
+        """Forget what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write_member(self, packed: bytes | bytearray) -> None:
+        header = npy_header(len(packed) // self._dtype.itemsize, self._dtype.str)
+        info = tarfile.TarInfo(f"{self.path.stem}_{self._members:06d}.npy")
+        info.size = len(header) + len(packed)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        self._write(header)
+        self._write(packed)
+        self._write(bytes(-info.size % TAR_BLOCK))
+        self._members += 1
+
+    def _write(self, data: bytes | bytearray) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+
+
+@functools.lru_cache
+def npy_header(tokens: int, dtype: str) -> bytes:
+    """The header of a one-dimensional `.npy` file; NumPy pads it to 128 bytes at these sizes."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": (tokens,)})
+    header = buffer.getvalue()
+    assert len(header) == NPY_HEADER_BYTES
+    return header
+
+
+class ShardReader:
+    """Random access to the tokens of one local shard through a memory map."""
+
+    def __init__(self, path: Path, tokens: int, dtype: np.dtype[np.unsignedinteger], chunk_tokens: int) -> None:
+        """Raises DepthpipeError when the file is missing, unreadable, or not of the size the manifest implies."""
+        self.tokens = tokens
+        self._chunk_tokens = chunk_tokens
+        expected = shard_bytes(tokens, dtype.itemsize, chunk_tokens)
+        try:
+            data = np.memmap(path, dtype=np.uint8, mode="r")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DepthpipeError(f"{path}: cannot read the shard ({reason}): restore it or tokenize again") from None
+        if len(data) != expected:
+            raise DepthpipeError(
+                f"{path}: damaged shard: {len(data)} bytes, its manifest says {expected}: restore it or tokenize again"
+            )
+        header = (TAR_BLOCK + NPY_HEADER_BYTES) // dtype.itemsize
+        stride = member_bytes(chunk_tokens, dtype.itemsize)
+        first_header = bytes(data[TAR_BLOCK : TAR_BLOCK + NPY_HEADER_BYTES])
+        if first_header != npy_header(min(tokens, chunk_tokens), dtype.newbyteorder("<").str):
+            raise DepthpipeError(f"{path}: damaged shard: not the token chunks its manifest describes: restore it")
+        full = tokens // chunk_tokens
+        whole = data[: full * stride].view(dtype).reshape(full, stride // dtype.itemsize)
+        self._chunks: npt.NDArray[np.unsignedinteger] = whole[:, header : header + chunk_tokens]
+        last_start = full * stride + TAR_BLOCK + NPY_HEADER_BYTES
+        last_bytes = (tokens - full * chunk_tokens) * dtype.itemsize
+        self._last: npt.NDArray[np.unsignedinteger] = data[last_start : last_start + last_bytes].view(dtype)
+
+    def chunks(self) -> Iterator[npt.NDArray[np.unsignedinteger]]:
+        """The token chunks in order, without copying."""
+        yield from self._chunks
+        if len(self._last):
+            yield self._last
+
+    def read(self, start: int, out: npt.NDArray[np.int64]) -> None:
+        """Copy tokens `start : start + len(out)` of the shard into `out`."""
+        done = 0
+        while done < len(out):
+            chunk, offset = divmod(start + done, self._chunk_tokens)
+            tokens = self._chunks[chunk] if chunk < len(self._chunks) else self._last
+            part = tokens[offset : offset + len(out) - done]
+            if not len(part):
+                raise IndexError(f"tokens {start}:{start + len(out)} of a shard of {self.tokens}")
+            out[done : done + len(part)] = part
+            done += len(part)
