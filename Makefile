@@ -12,8 +12,15 @@ help:
 	@echo "make test         format, lint, types and tests"
 	@echo "make clean        remove what the quickstart made (data/quickstart, runs/quickstart)"
 
+# The corpus is always there: the source code of this Python's standard library.
+quickstart: STDLIB = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+quickstart: CODE = $(STDLIB) --include '*.py' --exclude test --exclude tests --exclude idle_test --exclude site-packages
 quickstart: $(INSTALLED)
-	@$(BIN)/python -m pipeline quickstart
+	$(BIN)/depthpipe tokenizer train $(CODE) --out $(DATA)/tokenizer.model --vocab-size 4096
+	$(BIN)/depthpipe tokenize $(CODE) --tokenizer $(DATA)/tokenizer.model --out $(DATA) --validation-fraction 0.02
+	$(BIN)/depthpipe train configs/quickstart.yaml
+	$(BIN)/depthpipe monitor runs/quickstart --once
+	$(BIN)/depthpipe generate runs/quickstart --prompt 'def ' --max-tokens 150
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check --quiet . || { echo "ruff: not formatted; run $(BIN)/ruff format ."; exit 1; }

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import data_prep.cli
-
 import pipeline.monitor
 from data_prep.errors import DepthpipeError
 from pipeline.launch import EXIT_WRONG_INPUT

@@ -49,13 +49,17 @@ class DataSection:
 class ParallelSection:
     pipeline: int = 1
     data: int = 1
-    schedule: Literal["1f1b"] = "1f1b"
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"  # dualpipev: two stages per rank, folded like a V
     split: list[int] | None = None  # transformer layers of each stage; balanced by modelled time where absent
     timeout_s: float = 600.0  # a rank that is silent for longer ends the run
 
     @property
     def world_size(self) -> int:
         return self.pipeline * self.data
+
+    @property
+    def num_stages(self) -> int:
+        return self.pipeline * (2 if self.schedule == "dualpipev" else 1)
 
 
 @dataclass(frozen=True)
@@ -333,16 +337,17 @@ def _check(config: Config) -> None:
 
 
 def _check_parallel(config: Config) -> None:
-    stages, layers = config.parallel.pipeline, config.model.num_hidden_layers
+    stages, layers = config.parallel.num_stages, config.model.num_hidden_layers
     if stages > layers:
+        most = layers * config.parallel.pipeline // stages
         raise ConfigError(
             f"parallel.pipeline: {stages} stages are more than the {layers} layers of model.num_hidden_layers; "
-            f"set parallel.pipeline to {layers} or less"
+            f"set parallel.pipeline to {most} or less"
         )
     split = config.parallel.split
     if split is not None and (len(split) != stages or sum(split) != layers or min(split) < 1):
         raise ConfigError(
-            f"parallel.split: {split} must name {stages} stages (parallel.pipeline) of at least one layer each "
+            f"parallel.split: {split} must name {stages} stages of at least one layer each "
             f"that sum to {layers} (model.num_hidden_layers)"
         )
     per_pass = config.train.micro_batch_size * config.parallel.data
@@ -351,4 +356,9 @@ def _check_parallel(config: Config) -> None:
             f"train.global_batch_size: {config.train.global_batch_size} does not divide by "
             f"train.micro_batch_size x parallel.data = {per_pass}; "
             f"{max(1, config.train.global_batch_size // per_pass) * per_pass} would"
+        )
+    if config.parallel.schedule == "dualpipev" and config.micro_batches < stages:
+        raise ConfigError(
+            f"train.global_batch_size: {config.train.global_batch_size} makes {config.micro_batches} micro-batches; "
+            f"parallel.schedule dualpipev needs {stages}: set it to {stages * per_pass} or more"
         )

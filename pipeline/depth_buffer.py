@@ -67,12 +67,12 @@ class Sender:
     def __init__(self, layout: HopLayout, peer: int, group: dist.ProcessGroup, name: str) -> None:
         self.layout, self.peer, self.group, self.name = layout, peer, group, name
         self.bytes_sent = 0
-        self._micro_batch = 0
+        self._micro_batch = self._micro_batches = 0
         self._under_way: deque[tuple[list[dist.Work], tuple[Tensor, ...]]] = deque()
 
-    def begin(self) -> None:
-        """Start a step: micro-batches count from zero."""
-        self._micro_batch = 0
+    def begin(self, micro_batches: int) -> None:
+        """Start a step of that many micro-batches."""
+        self._micro_batch, self._micro_batches = 0, micro_batches
 
     def send(self, tensors: Sequence[Tensor | None]) -> None:
         """Start sending; the tensors must not change until they have arrived."""
@@ -86,9 +86,11 @@ class Sender:
         self._micro_batch += 1
 
     def finish(self) -> None:
-        """Wait until everything has been handed over."""
+        """Wait until every micro-batch has been handed over. Raises TransportError if one was never sent."""
         while self._under_way:
             self._wait_oldest()
+        if self._micro_batch != self._micro_batches:
+            raise TransportError(f"{self.name}: {self._micro_batch} of {self._micro_batches} micro-batches were sent")
 
     def _wait_oldest(self) -> None:
         for work in self._under_way.popleft()[0]:
@@ -99,12 +101,12 @@ class Receiver:
     """Receives one micro-batch after another from a peer, always one ahead of its use.
 
     Args:
-        layout, peer, group: as for :class:`Sender`.
+        layout, peer, group, name: as for :class:`Sender`.
         device: where the tensors arrive.
     """
 
-    def __init__(self, layout: HopLayout, peer: int, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.layout, self.peer, self.group, self.device = layout, peer, group, device
+    def __init__(self, layout: HopLayout, peer: int, group: dist.ProcessGroup, name: str, device: torch.device) -> None:
+        self.layout, self.peer, self.group, self.name, self.device = layout, peer, group, name, device
         self.wait_seconds = 0.0
         self._posted: deque[tuple[list[dist.Work], Tensor]] = deque()
         self._to_post = 0
@@ -123,6 +125,12 @@ class Receiver:
             work.wait()
         self.wait_seconds += time.perf_counter() - start
         return _slices(buffer)
+
+    def finish(self) -> None:
+        """The step is over. Raises TransportError if a micro-batch that was expected has not been taken."""
+        if self._posted or self._to_post:
+            left = len(self._posted) + self._to_post
+            raise TransportError(f"{self.name}: {left} expected micro-batches were not used")
 
     def _post(self) -> None:
         if self._to_post == 0:

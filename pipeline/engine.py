@@ -5,13 +5,17 @@ What changes against ``PipelineEngine``, and why (the stock behaviour was measur
 - one joint backward pass per stage and micro-batch; the stock engine walks the graph once per output tensor, which is
   slower and changes the order in which gradients accumulate;
 - no metadata on the wire, no copies at the boundary, sends that overlap the next computation, receives posted ahead;
-- a gradient norm that is summed in the same order at every pipeline degree, so clipping moves no bits.
+- a gradient norm that is summed in the same order at every pipeline degree, so clipping moves no bits;
+- tied embeddings are two weights whose gradients are added once per step, so the sum has the same order everywhere.
 
 Optimizer, ZeRO-1, bf16, loss scaling and checkpoints are DeepSpeed's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,124 +27,242 @@ from torch import Tensor
 
 from pipeline.depth_buffer import HopLayout, Receiver, Sender
 from pipeline.module import DepthPipelineModule
-from pipeline.schedule import ForwardOnly, OneForwardOneBackward
+from pipeline.schedule import ForwardOnly, OneForwardOneBackward, TwoStagesPerRank
+
+
+@dataclass
+class _Stage:
+    """A stage that this rank holds: its links, and its micro-batches under way by their number.
+
+    Attributes:
+        inputs: what the stage computes on; received tensors, or token ids on the first stage.
+        outputs: tensors that have left and whose gradients are to come back.
+    """
+
+    index: int
+    activations_in: Receiver | None = None
+    activations_out: Sender | None = None
+    gradients_in: Receiver | None = None
+    gradients_out: Sender | None = None
+    inputs: dict[int, Tensor | tuple[Tensor, ...]] = field(default_factory=dict)
+    outputs: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    labels: dict[int, Tensor] = field(default_factory=dict)
+    losses: dict[int, Tensor] = field(default_factory=dict)
 
 
 class DepthPipelineEngine(PipelineEngine):
-    """Trains a :class:`DepthPipelineModule`.
+    """Trains a :class:`DepthPipelineModule`, which holds one stage of this rank (1F1B) or two (DualPipeV).
 
     Args:
         hop_shape: ``(micro_batch, sequence, hidden)`` of the tensors that cross a hop.
         hop_dtype: the training dtype.
+        tie_weights: whether the embedding and the output head are one weight.
         arguments: those of ``PipelineEngine``, by name.
     """
 
-    def __init__(self, *, hop_shape: tuple[int, int, int], hop_dtype: torch.dtype, **arguments: Any) -> None:
+    module: DepthPipelineModule
+    total_loss: Tensor | None
+    _stages: list[_Stage] | None = None  # by phase; None while the parent's constructor runs
+    _active: _Stage | None = None  # the stage that computes now
+
+    def __init__(
+        self, *, hop_shape: tuple[int, int, int], hop_dtype: torch.dtype, tie_weights: bool, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
-        self.module: DepthPipelineModule
-        self._connect(hop_shape, hop_dtype)
+        self.plan = self.module.plan
+        self._hops = [HopLayout(tensors, hop_shape, hop_dtype) for tensors in self.plan.hop_tensors]
+        self._tied_group = self._make_tied_group() if tie_weights and self.num_stages > 1 else None
+        self._ties_weights = tie_weights
+        self._stages = self._connect()
+        if tie_weights and self._holds_last:
+            # DeepSpeed counts a replicated parameter once in its norm.
+            setattr(self.module.tied_weights()[-1], "ds_pipe_replicated", True)  # noqa: B010
 
-    def _connect(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        """Lay out the hops to the neighbouring stages from the plan."""
-        forward_group, backward_group = self._direction_groups()
-        self._activations_in = self._activations_out = self._gradients_in = self._gradients_out = None
-        if not self.is_first_stage():
-            layout = HopLayout(self.module.plan.hop_tensors[self.stage_id - 1], shape, dtype)
-            peer = self.grid.stage_to_global(self.prev_stage)
-            name = f"gradients from stage {self.stage_id} to stage {self.prev_stage}"
-            self._activations_in = Receiver(layout, peer, forward_group, self.device)
-            self._gradients_out = Sender(layout, peer, backward_group, name)
-        if not self.is_last_stage():
-            layout = HopLayout(self.module.plan.hop_tensors[self.stage_id], shape, dtype)
-            peer = self.grid.stage_to_global(self.next_stage)
-            name = f"depth buffer from stage {self.stage_id} to stage {self.next_stage}"
-            self._activations_out = Sender(layout, peer, forward_group, name)
-            self._gradients_in = Receiver(layout, peer, backward_group, self.device)
+    # Where this rank is. DeepSpeed asks is_last_stage() both for "who has the loss" and for "is this its backward".
 
-    def _direction_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-        """A process group for each direction of this pipeline, so that neither waits for the other."""
-        mine = None
+    @property
+    def _last_index(self) -> int:
+        return self.plan.num_stages - 1
+
+    @property
+    def _holds_first(self) -> bool:
+        return self.stage_id == 0
+
+    @property
+    def _holds_last(self) -> bool:
+        return self._rank_of(self._last_index) == self.stage_id
+
+    def is_last_stage(self) -> bool:
+        if self._stages is None:
+            return bool(super().is_last_stage())
+        return self._holds_last and (self._active is None or self._active.index == self._last_index)
+
+    def _loss_stage_global_rank(self) -> int:
+        return int(self.grid.stage_to_global(self._rank_of(self._last_index)))
+
+    def _rank_of(self, stage: int) -> int:
+        """The pipeline rank that holds `stage`; with two stages per rank they fold back like a V."""
+        return stage if stage < self.num_pipeline_ranks else self.plan.num_stages - 1 - stage
+
+    @property
+    def num_pipeline_ranks(self) -> int:
+        return int(self.grid.pipe_parallel_size)
+
+    def _connect(self) -> list[_Stage]:
+        """This rank's stages, with links to the stages before and after them that other ranks hold."""
+        held = [stage for stage in range(self.plan.num_stages) if self._rank_of(stage) == self.stage_id]
+        stages = [_Stage(index) for index in held]
+        groups = self._hop_groups()
+        for hop in range(self._last_index):
+            ranks = self._rank_of(hop), self._rank_of(hop + 1)
+            if ranks[0] == ranks[1] or self.stage_id not in ranks:
+                continue
+            layout, (forward, backward) = self._hops[hop], groups[hop >= self.num_pipeline_ranks]
+            activations, gradients = f"depth buffer to stage {hop + 1}", f"gradients to stage {hop}"
+            if self.stage_id == ranks[0]:
+                stage, peer = stages[held.index(hop)], self.grid.stage_to_global(ranks[1])
+                stage.activations_out = Sender(layout, peer, forward, activations)
+                stage.gradients_in = Receiver(layout, peer, backward, gradients, self.device)
+            else:
+                stage, peer = stages[held.index(hop + 1)], self.grid.stage_to_global(ranks[0])
+                stage.activations_in = Receiver(layout, peer, forward, activations, self.device)
+                stage.gradients_out = Sender(layout, peer, backward, gradients)
+        return stages
+
+    def _hop_groups(self) -> list[tuple[dist.ProcessGroup, dist.ProcessGroup]]:
+        """Process groups for (forward, backward) messages of each phase: no message waits for one of another kind."""
+        phases = self.plan.num_stages // self.num_pipeline_ranks
+        mine = []
         for ranks in self.module.topology().get_axis_comm_lists("pipe"):
-            groups = dist.new_group(ranks), dist.new_group(ranks)  # every rank takes part in making every group
+            groups = [(dist.new_group(ranks), dist.new_group(ranks)) for _ in range(phases)]  # made by every rank alike
             if self.global_rank in ranks:
                 mine = groups
-        assert mine is not None
+        return mine
+
+    def _make_tied_group(self) -> dist.ProcessGroup | None:
+        """The ranks of this pipeline that hold the embedding and the head."""
+        mine = None
+        for ranks in self.module.topology().get_axis_comm_lists("pipe"):
+            ends = sorted({ranks[0], ranks[self._rank_of(self._last_index)]})
+            group = dist.new_group(ends)
+            if self.global_rank in ends:
+                mine = group
         return mine
 
     @property
     def transport_wait_seconds(self) -> float:
         """Seconds that this rank has waited for its neighbours since it started."""
-        return sum(link.wait_seconds for link in (self._activations_in, self._gradients_in) if link)
+        return sum(link.wait_seconds for link in self._links(Receiver))
 
     @property
     def transport_bytes_sent(self) -> int:
         """Bytes that this rank has sent to its neighbours since it started."""
-        return sum(link.bytes_sent for link in (self._activations_out, self._gradients_out) if link)
+        return sum(link.bytes_sent for link in self._links(Sender))
 
-    def _train_schedule(self) -> OneForwardOneBackward:
-        return OneForwardOneBackward(self.micro_batches, self.num_stages, self.stage_id)
+    def _links(self, kind: Any, training: bool = True) -> Iterator[Any]:
+        for stage in self._stages or ():
+            links = [stage.activations_in, stage.activations_out]
+            for link in [*links, *([stage.gradients_in, stage.gradients_out] if training else [])]:
+                if isinstance(link, kind):
+                    yield link
 
-    def _inference_schedule(self, micro_batches: int) -> ForwardOnly:
-        return ForwardOnly(micro_batches, self.num_stages, self.stage_id)
+    def _train_schedule(self) -> instructions.PipeSchedule:
+        kind = OneForwardOneBackward if len(self._stages or ()) == 1 else TwoStagesPerRank
+        return kind(self.micro_batches, self.num_pipeline_ranks, self.stage_id)
 
-    def _exec_schedule(self, pipe_schedule: OneForwardOneBackward | ForwardOnly) -> None:
+    def _inference_schedule(self, micro_batches: int) -> instructions.PipeSchedule:
+        if len(self._stages or ()) == 1:
+            return ForwardOnly(micro_batches, self.num_pipeline_ranks, self.stage_id)
+        return TwoStagesPerRank(micro_batches, self.num_pipeline_ranks, self.stage_id, forward_only=True)
+
+    def _exec_schedule(self, pipe_schedule: instructions.PipeSchedule) -> None:
         training = torch.is_grad_enabled()
-        links = [self._activations_in, self._activations_out]
-        if training:
-            links += [self._gradients_in, self._gradients_out]
-        for link in links:
-            if isinstance(link, Receiver):
-                link.begin(pipe_schedule.micro_batches)
-            elif link is not None:
-                link.begin()
+        self._schedule_micro_batches = pipe_schedule.micro_batches
+        for link in self._links((Sender, Receiver), training):
+            link.begin(pipe_schedule.micro_batches)
         super()._exec_schedule(pipe_schedule)
-        for link in links:
-            if isinstance(link, Sender):
-                link.finish()
+        for link in self._links((Sender, Receiver), training):
+            link.finish()
+
+    @contextmanager
+    def _computing(self, phase: int) -> Iterator[_Stage]:
+        assert self._stages is not None
+        self._active = self._stages[phase]
+        self.module.activate_phase(phase)
+        try:
+            yield self._active
+        finally:
+            self._active = None
+
+    # The instructions of a schedule. `buffer_id` counts micro-batches, of both phases where there are two.
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
+        assert self._stages is not None
         inputs, labels = self._next_batch()
-        if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer_id] = inputs.to(self.device, non_blocking=True)
-        if self.is_last_stage():
-            self.pipe_buffers["labels"][buffer_id] = labels.to(self.device, non_blocking=True)
+        if self._holds_first:
+            self._stages[0].inputs[buffer_id] = inputs.to(self.device, non_blocking=True)
+        if self._holds_last:
+            self._stages[-1].labels[buffer_id] = labels.to(self.device, non_blocking=True)
 
-    def _exec_recv_activations(self, buffer_id: int) -> None:
-        assert self._activations_in is not None
-        received = self._activations_in.receive()
-        for tensor in received:
-            tensor.requires_grad_(torch.is_grad_enabled())
-        self.pipe_buffers["inputs"][buffer_id] = received
+    def _exec_forward_pass(self, buffer_id: int, phase: int = 0) -> None:
+        micro_batch = buffer_id % self._schedule_micro_batches
+        training = torch.is_grad_enabled()
+        with self._computing(phase) as stage:
+            if stage.activations_in is not None:
+                received = stage.activations_in.receive()
+                stage.inputs[micro_batch] = tuple(tensor.requires_grad_(training) for tensor in received)
+            outputs = DeepSpeedEngine.forward(self, stage.inputs[micro_batch])
+            if stage.index == self._last_index:
+                self._keep_loss(self.module.loss_fn(outputs, stage.labels.pop(micro_batch)), stage, micro_batch)
+            else:
+                stage.outputs[micro_batch] = outputs
+        if not training:
+            del stage.inputs[micro_batch]
+        if stage.activations_out is None and stage.index != self._last_index:
+            self._turn_around(stage, micro_batch, training)
 
-    def _exec_forward_pass(self, buffer_id: int) -> None:
-        outputs = DeepSpeedEngine.forward(self, self.pipe_buffers["inputs"][buffer_id])
-        if not self.is_last_stage():
-            self.pipe_buffers["outputs"][buffer_id] = outputs
-            return
-        labels = self.pipe_buffers["labels"][buffer_id]
-        self.loss = self.module.loss_fn(outputs, labels)
-        self.pipe_buffers["labels"][buffer_id] = None
-        loss = self.loss.detach()
-        self.fwd_outputs.append(loss)
-        self.total_loss = loss if self.total_loss is None else self.total_loss + loss
+    def _keep_loss(self, loss: Tensor, stage: _Stage, micro_batch: int) -> None:
+        if torch.is_grad_enabled():
+            stage.losses[micro_batch] = loss
+        value = loss.detach()
+        self.fwd_outputs.append(value)
+        total: Tensor | None = self.total_loss
+        self.total_loss = value if total is None else total + value
 
-    def _exec_send_activations(self, buffer_id: int) -> None:
-        assert self._activations_out is not None
-        self._activations_out.send(self.pipe_buffers["outputs"][buffer_id])
+    def _turn_around(self, stage: _Stage, micro_batch: int, training: bool) -> None:
+        """The next stage is this rank's own: hand over without a message."""
+        assert self._stages is not None
+        outputs = stage.outputs[micro_batch] if training else stage.outputs.pop(micro_batch)
+        entering = tuple(tensor.detach().requires_grad_(training) for tensor in outputs)
+        self._stages[1].inputs[micro_batch] = entering
 
-    def _exec_recv_grads(self, buffer_id: int) -> None:
-        assert self._gradients_in is not None
-        self.grad_layer = self._gradients_in.receive()
+    def _exec_send_activations(self, buffer_id: int, phase: int = 0) -> None:
+        assert self._stages is not None
+        stage, micro_batch = self._stages[phase], buffer_id % self._schedule_micro_batches
+        assert stage.activations_out is not None
+        stage.activations_out.send(stage.outputs[micro_batch])
+        if not torch.is_grad_enabled():
+            del stage.outputs[micro_batch]
 
-    def _exec_backward_pass(self, buffer_id: int) -> None:
-        if self.is_last_stage():
-            DeepSpeedEngine.backward(self, self.loss)
-        else:
-            self._backward_joint(self.pipe_buffers["outputs"][buffer_id], self.grad_layer)
-        self.grad_layer = None
-        self.pipe_buffers["outputs"][buffer_id] = None
-        if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer_id] = None
+    def _exec_backward_pass(self, buffer_id: int, phase: int = 0) -> None:
+        micro_batch = buffer_id % self._schedule_micro_batches
+        with self._computing(phase) as stage:
+            if stage.index == self._last_index:
+                DeepSpeedEngine.backward(self, stage.losses.pop(micro_batch))
+            else:
+                self._backward_joint(stage.outputs.pop(micro_batch), self._gradients_of(stage, micro_batch))
+        if stage.index == 0:
+            del stage.inputs[micro_batch]
+
+    def _gradients_of(self, stage: _Stage, micro_batch: int) -> tuple[Tensor, ...]:
+        """The gradients of the tensors that left `stage`."""
+        if stage.gradients_in is not None:
+            return stage.gradients_in.receive()
+        assert self._stages is not None
+        entered = self._stages[1].inputs.pop(micro_batch)
+        gradients = tuple(tensor.grad for tensor in entered)
+        self._hops[stage.index].check(gradients, f"gradients to stage {stage.index}, micro-batch {micro_batch}")
+        return gradients  # type: ignore[return-value]
 
     def _backward_joint(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
         """One walk of the stage's graph for all the tensors that left it."""
@@ -154,10 +276,27 @@ class DepthPipelineEngine(PipelineEngine):
         if self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update:
             self.optimizer.update_hp_grads(clear_lp_grads=False)
 
-    def _exec_send_grads(self, buffer_id: int) -> None:
-        assert self._gradients_out is not None
-        self._gradients_out.send([tensor.grad for tensor in self.pipe_buffers["inputs"][buffer_id]])
-        self.pipe_buffers["inputs"][buffer_id] = None
+    def _exec_send_grads(self, buffer_id: int, phase: int = 0) -> None:
+        assert self._stages is not None
+        stage, micro_batch = self._stages[phase], buffer_id % self._schedule_micro_batches
+        assert stage.gradients_out is not None
+        stage.gradients_out.send([tensor.grad for tensor in stage.inputs.pop(micro_batch)])
+
+    def _exec_reduce_tied_grads(self) -> None:
+        """Give the embedding and the head, where they are one weight, the sum of their gradients."""
+        if not self._ties_weights:
+            return
+        gradients = [self._gradient(weight) for weight in self.module.tied_weights()]
+        if len(gradients) == 2:
+            gradients[0].add_(gradients[1])
+            gradients[1].copy_(gradients[0])
+        elif len(gradients) == 1:
+            dist.all_reduce(gradients[0], group=self._tied_group)
+
+    def _gradient(self, parameter: torch.nn.Parameter) -> Tensor:
+        gradient = getattr(parameter, "_hp_grad" if self.using_bf16_optimizer else "grad")
+        assert isinstance(gradient, Tensor)
+        return gradient
 
     def clip_fp32_gradients(self) -> None:
         """Clip to the configured norm; called by DeepSpeed before an fp32 step without ZeRO.
@@ -165,10 +304,11 @@ class DepthPipelineEngine(PipelineEngine):
         The squared norms of the pipeline's layers are put into one vector, gathered over the stages (each entry comes
         from one stage, so the sum is exact) and added up in layer order: the same bits at every pipeline degree.
         """
-        squares = torch.zeros(self.module._num_layers, dtype=torch.float64)
-        for index, layer in enumerate(self.module.forward_funcs, start=self.module._local_start):
-            gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
-            for norm in torch._foreach_norm(gradients):
+        squares = torch.zeros(self.module.num_layers, dtype=torch.float64)
+        for index, layer in self.module.held_layers():
+            tied_again = self._ties_weights and index == self.module.num_layers - 1
+            counted = [p.grad for n, p in layer.named_parameters() if not (tied_again and n == "weight")]
+            for norm in torch._foreach_norm([gradient for gradient in counted if gradient is not None]):
                 squares[index] += norm.double().cpu() ** 2
         if self.is_pipe_parallel:
             squares = squares.to(self.device)
@@ -184,7 +324,6 @@ class DepthPipelineEngine(PipelineEngine):
         instructions.ForwardPass: _exec_forward_pass,
         instructions.BackwardPass: _exec_backward_pass,
         instructions.SendActivation: _exec_send_activations,
-        instructions.RecvActivation: _exec_recv_activations,
         instructions.SendGrad: _exec_send_grads,
-        instructions.RecvGrad: _exec_recv_grads,
+        instructions.ReduceTiedGrads: _exec_reduce_tied_grads,
     }

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import DepthpipeError
+from data_prep.manifest import TOKENIZER_FILE
 from data_prep.tokenizer import Tokenizer
 from model.language_model import LanguageModel
 from pipeline.checkpoints import latest_checkpoint
 from pipeline.config import load_run_model, run_sequence_length
-
-TOKENIZER_FILE = "tokenizer.model"
 
 
 @dataclass(frozen=True)

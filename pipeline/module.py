@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.depth_buffer import DepthBuffer
@@ -24,12 +26,12 @@ class _DepthLayerSpec(LayerSpec):
         self.global_rank = -1
         self._build_arguments = (config, index, seed)
 
-    def build(self, log: bool = False) -> Any:
+    def build(self, log: bool = False) -> nn.Module:
         return build_layer(*self._build_arguments)
 
 
 class DepthPipelineModule(PipelineModule):
-    """Stage ``stage_id`` of the model, cut where the plan says.
+    """One stage of the model, cut where the plan says.
 
     ``forward`` takes token ids ``[micro_batch, sequence]`` on the first stage and the hop's tensors, each
     ``[micro_batch, sequence, hidden]``, on the others. It returns the hop's tensors, or on the last stage the logits
@@ -47,7 +49,32 @@ class DepthPipelineModule(PipelineModule):
         leaving = forward_layers(self.forward_funcs, entering)
         return leaving.tensors() if isinstance(leaving, DepthBuffer) else leaving
 
+    @property
+    def num_layers(self) -> int:
+        """Pipeline layers of the whole model, embedding and head included."""
+        return len(self._layer_specs)
+
+    def held_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """This rank's layers and their numbers."""
+        yield from enumerate(self.forward_funcs, start=self._local_start)
+
+    def tied_weights(self) -> list[nn.Parameter]:
+        """The embedding's weight and the output head's, as far as this rank holds them."""
+        ends = [layer for index, layer in self.held_layers() if index in (0, self.num_layers - 1)]
+        return [weight for layer in ends for name, weight in layer.named_parameters() if name == "weight"]
+
+    def activate_phase(self, phase: int) -> None:
+        """Expose the layers of `phase` as the forward pass; there is one phase here."""
+
     def _partition_layers(self, method: str = "plan") -> None:
         self.parts = list(self.plan.bounds)
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
+
+
+class TwoStageModule(DualPipeVModule, DepthPipelineModule):
+    """Stages ``r`` and ``2P - 1 - r`` of the model for DualPipeV; ``activate_phase`` chooses which one computes."""
+
+    def held_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        for layers, (start, _) in zip(self.phase_funcs, self.phase_bounds, strict=True):
+            yield from enumerate(layers, start=start)

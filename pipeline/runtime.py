@@ -68,13 +68,13 @@ def start_engine(config: Config) -> Any:
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
     from pipeline.engine import DepthPipelineEngine
-    from pipeline.module import DepthPipelineModule
+    from pipeline.module import DepthPipelineModule, TwoStageModule
 
     flops_per_byte = FLOPS_PER_BYTE_ACCELERATOR if torch.cuda.is_available() else FLOPS_PER_BYTE_CPU
     plan = plan_stages(
-        config.model, config.parallel.pipeline, config.data.sequence_length, config.parallel.split, flops_per_byte
+        config.model, config.parallel.num_stages, config.data.sequence_length, config.parallel.split, flops_per_byte
     )
-    module = DepthPipelineModule(
+    module = (DepthPipelineModule if config.parallel.schedule == "1f1b" else TwoStageModule)(
         config.model,
         plan,
         config.run.seed,
@@ -85,6 +85,7 @@ def start_engine(config: Config) -> Any:
     return DepthPipelineEngine(
         hop_shape=(config.train.micro_batch_size, config.data.sequence_length, config.model.hidden_size),
         hop_dtype=training_dtype(config),
+        tie_weights=config.model.tie_word_embeddings,
         args=None,
         model=module,
         optimizer=_optimizer(config, module),

@@ -1,7 +1,8 @@
-"""The order of a stage's work: one forward, one backward (1F1B), and forward only for evaluation.
+"""The order of a stage's work: one forward, one backward (1F1B), two stages per rank (DualPipeV), forward only.
 
-DeepSpeed's own 1F1B pairs blocking sends and receives step by step. Here communication is asynchronous: a stage sends as
-soon as it has computed, and receives are posted ahead. The schedule only fixes the order of the computations.
+DeepSpeed's own 1F1B pairs blocking sends and receives step by step. Here communication is asynchronous: a stage sends
+as soon as it has computed, and a computation waits for what it needs. The schedule only fixes their order.
+Micro-batches go forward and backward in order on every stage, so gradients accumulate in one order at every degree.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 
 from deepspeed.runtime.pipe.schedule import (
     BackwardPass,
+    CommitP2P,
+    DualPipeVSchedule,
     ForwardPass,
     LoadMicroBatch,
     OptimizerStep,
@@ -27,47 +30,50 @@ from deepspeed.runtime.pipe.schedule import (
 class OneForwardOneBackward(PipeSchedule):
     """1F1B: a stage runs ahead by the number of stages behind it, then alternates, then drains.
 
-    Micro-batches go forward and backward in order on every stage, so gradients accumulate in the same order at every
-    pipeline degree. At most ``stages - stage_id`` micro-batches are alive on a stage.
+    At most ``stages - stage_id`` micro-batches are alive on a stage.
     """
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         ahead = min(self.stages - self.stage_id - 1, self.micro_batches)
         for micro_batch in range(ahead):
-            yield self._forward(micro_batch)
+            yield _forward(self, micro_batch)
         for micro_batch in range(self.micro_batches):
             if micro_batch + ahead < self.micro_batches:
-                yield self._forward(micro_batch + ahead)
-            yield self._backward(micro_batch)
+                yield _forward(self, micro_batch + ahead)
+            send = [] if self.stage_id == 0 else [SendGrad(micro_batch)]
+            yield [BackwardPass(micro_batch), *send]
         yield [ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]
 
     def num_pipe_buffers(self) -> int:
-        return min(self.stages - self.stage_id, self.micro_batches)
-
-    def _forward(self, micro_batch: int) -> list[PipeInstruction]:
-        return _forward(self, micro_batch % self.num_pipe_buffers())
-
-    def _backward(self, micro_batch: int) -> list[PipeInstruction]:
-        buffer = micro_batch % self.num_pipe_buffers()
-        receive = [] if self.stage_id == self.stages - 1 else [RecvGrad(buffer)]
-        send = [] if self.stage_id == 0 else [SendGrad(buffer)]
-        return [*receive, BackwardPass(buffer), *send]
+        return 0  # the engine keeps micro-batches by their number
 
 
 class ForwardOnly(PipeSchedule):
     """Evaluation: every stage passes the micro-batches on in order."""
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
-        for _ in range(self.micro_batches):
-            yield _forward(self, 0)
+        for micro_batch in range(self.micro_batches):
+            yield _forward(self, micro_batch)
 
     def num_pipe_buffers(self) -> int:
-        return 1
+        return 0
 
 
-def _forward(schedule: PipeSchedule, buffer: int) -> list[PipeInstruction]:
+class TwoStagesPerRank(DualPipeVSchedule):
+    """DeepSpeed's DualPipeV: rank ``r`` holds stage ``r`` (phase 0) and stage ``2 * stages - 1 - r`` (phase 1)."""
+
+    def steps(self) -> Iterator[list[PipeInstruction]]:
+        # Receives and commits say when to wait; here a computation waits for its own input.
+        passive = (RecvActivation, RecvGrad, CommitP2P)
+        for instructions in super().steps():
+            yield [instruction for instruction in instructions if not isinstance(instruction, passive)]
+
+    def num_pipe_buffers(self) -> int:
+        return 0
+
+
+def _forward(schedule: PipeSchedule, micro_batch: int) -> list[PipeInstruction]:
     first, last = schedule.stage_id == 0, schedule.stage_id == schedule.stages - 1
-    receive = [] if first else [RecvActivation(buffer)]
-    load = [LoadMicroBatch(buffer)] if first or last else []
-    send = [] if last else [SendActivation(buffer)]
-    return [*receive, *load, ForwardPass(buffer), *send]
+    load = [LoadMicroBatch(micro_batch)] if first or last else []
+    send = [] if last else [SendActivation(micro_batch)]
+    return [*load, ForwardPass(micro_batch), *send]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from data_prep.errors import DepthpipeError
+from data_prep.manifest import TOKENIZER_FILE, Manifest
 from data_prep.stream import BatchLoader, DatasetSource, SequenceStream
 from pipeline.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import Config, OptimizerSection, WeightedDataset
@@ -44,6 +46,10 @@ def run_worker(config: Config) -> None:
         console = _redirect_output(run_dir / "logs" / f"rank-{rank}.log")
         if rank == 0:
             (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            # A run is whole without its dataset: what generates text needs the tokenizer.
+            shutil.copyfile(
+                Manifest.load(config.data.train_datasets()[0].path).tokenizer_path, run_dir / TOKENIZER_FILE
+            )
         train(config, console)
     except Exception as error:
         errors.record_exception(error)
@@ -96,8 +102,8 @@ def validate(config: Config, engine: DepthPipelineEngine) -> float:
     """Mean loss over the first ``train.validation_batches`` global batches of the validation set, or all of it."""
     assert config.data.validation is not None
     dataset = [WeightedDataset(config.data.validation)]
-    whole_batches = _stream(config, dataset).sequences_per_epoch // config.train.global_batch_size
-    batches = min(config.train.validation_batches, max(1, whole_batches))
+    sequences = _stream(config, dataset).sequences_per_epoch[0]
+    batches = min(config.train.validation_batches, max(1, sequences // config.train.global_batch_size))
     with ExitStack() as stack:
         loader = _loader(config, engine, dataset, None, stack)
         losses = [float(engine.eval_batch(loader)) for _ in range(batches)]

@@ -61,8 +61,8 @@ class Batches:
     def __next__(self) -> tuple[Tensor, Tensor]:
         if not self._queue:
             batch = self._config.train.global_batch_size
-            start, stride = torch.randint(1, 96, (2, batch, 1), generator=self._generator)
-            ids = (start + stride * torch.arange(SEQUENCE + 1)) % 96
+            start = torch.randint(96, (batch, 1), generator=self._generator)
+            ids = (start + 5 * torch.arange(SEQUENCE + 1)) % 96
             mine = ids.chunk(self._config.parallel.data)[self._rank]
             self._queue = [(part[:, :-1], part[:, 1:]) for part in mine.split(MICRO_BATCH)]
         return self._queue.pop(0)
@@ -73,7 +73,7 @@ def start(config: Config) -> Any:
     from pipeline.runtime import start_engine
 
     engine = start_engine(config)
-    for index, layer in enumerate(engine.module.forward_funcs, start=engine.module._local_start):
+    for index, layer in engine.module.held_layers():
         set_queries(layer, index)
     return engine
 
