@@ -12,10 +12,13 @@ class DepthBuffer:
 
     sources: the finished ones in depth order (embedding, then blocks; with `full`, sublayer outputs).
     partial: the running sum of the block under way; the residual stream where the residual is `standard`.
+    statistics: the inverse RMS of the first sources, as far as known. A shortcut for the next reader on the same
+    machine: it can be had from the sources, so it is no part of `tensors()`.
     """
 
     sources: tuple[Tensor, ...]
     partial: Tensor
+    statistics: tuple[Tensor, ...] = ()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The buffer as a flat tuple, in depth order, the partial last."""

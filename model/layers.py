@@ -5,17 +5,18 @@ which others are on its machine; `forward_layers` runs any consecutive ones.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from model.config import ModelConfig
-from model.depth_attention import depth_attention
 from model.depth_buffer import DepthBuffer
-from model.sublayers import MLP, RMSNorm, SelfAttention
+from model.sublayers import DepthAttention, RMSNorm
+from model.transformer_layer import TransformerLayer, finished_sources, forward_block
 
 
 class Embedding(nn.Module):
@@ -29,60 +30,6 @@ class Embedding(nn.Module):
         return DepthBuffer((), F.embedding(ids, self.weight))
 
 
-class DepthAttention(nn.Module):
-    """One read of the depth buffer: a learned query and a learned gain on the normalised keys, both `[hidden]`."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        # Zero queries weigh all sources alike; anything else upsets early training (paper section 5).
-        self.query = nn.Parameter(torch.zeros(config.hidden_size))
-        self.key_gain = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, sources: Sequence[Tensor]) -> Tensor:
-        return depth_attention(sources, self.query, self.key_gain, self.eps)
-
-
-class TransformerLayer(nn.Module):
-    """Self-attention and MLP, each behind a norm, and behind a read of the depth buffer unless `standard`."""
-
-    def __init__(self, config: ModelConfig, layer_index: int) -> None:
-        super().__init__()
-        self.residual = config.residual
-        self.is_block_start = config.is_block_start(layer_index)
-        self.input_layernorm = RMSNorm(config)
-        self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = MLP(config)
-        if config.residual != "standard":
-            self.attention_depth = DepthAttention(config)
-            self.mlp_depth = DepthAttention(config)
-
-    def forward(self, buffer: DepthBuffer) -> DepthBuffer:
-        sources, partial = buffer.sources, buffer.partial
-        if self.residual == "standard":
-            partial = partial + self.attend(partial)
-            return DepthBuffer((), partial + self.transform(partial))
-
-        attended = self.attend(self.attention_depth(buffer.tensors()))
-        if self.is_block_start:
-            sources, partial = (*sources, partial), attended
-        else:
-            partial = partial + attended
-        transformed = self.transform(self.mlp_depth((*sources, partial)))
-        if self.residual == "full":
-            return DepthBuffer((*sources, partial), transformed)
-        return DepthBuffer(sources, partial + transformed)
-
-    def attend(self, hidden: Tensor) -> Tensor:
-        output: Tensor = self.self_attn(self.input_layernorm(hidden))
-        return output
-
-    def transform(self, hidden: Tensor) -> Tensor:
-        output: Tensor = self.mlp(self.post_attention_layernorm(hidden))
-        return output
-
-
 class OutputHead(nn.Module):
     """Depth buffer to logits `[batch, sequence, vocab]`: one more read of the depth buffer, final norm, projection."""
 
@@ -93,7 +40,7 @@ class OutputHead(nn.Module):
         self.depth = DepthAttention(config) if config.residual != "standard" else None
 
     def forward(self, buffer: DepthBuffer) -> Tensor:
-        hidden = buffer.partial if self.depth is None else self.depth(buffer.tensors())
+        hidden = buffer.partial if self.depth is None else self.depth(buffer)
         return F.linear(self.norm(hidden), self.weight)
 
 
@@ -119,20 +66,53 @@ def build_layer(config: ModelConfig, index: int, seed: int) -> nn.Module:
     return layer
 
 
-def forward_layers(layers: Sequence[nn.Module], x: Any) -> Any:
+def forward_layers(layers: Sequence[nn.Module], x: Any, checkpoint: bool = False) -> Any:
     """Run consecutive layers on `x`: token ids, or the depth buffer at the first one's entrance.
 
     Returns what the last one returns. Result and gradients are the same to the last bit however a model's layers are
     cut into calls, if each call is differentiated by one joint `torch.autograd.backward` over its output tensors.
+
+    checkpoint: keep, of every transformer layer, only the partial at its entrance, and run the layer again in the
+    backward pass. The finished sources are kept once, as without. Same bits; layers of a block then no longer share a
+    read of the finished sources.
     """
-    for layer in layers:
-        x = layer(x)
+    for group in _groups(layers, checkpoint):
+        if not isinstance(group[0], TransformerLayer):
+            x = group[0](x)
+        elif checkpoint:
+            x = _forward_checkpointed(group[0], x)
+        else:
+            x = forward_block(group, x)
     return x
 
 
 def no_weight_decay(name: str, parameter: Tensor) -> bool:
     """Whether the optimizer must not decay this parameter: norms' gains, depth queries and key gains."""
     return parameter.ndim < 2
+
+
+def _groups(layers: Sequence[nn.Module], checkpoint: bool) -> Iterator[list[Any]]:
+    """The layers in runs that share one read of the finished sources: those of one block, else single ones."""
+    group: list[nn.Module] = []
+    for layer in layers:
+        shares = isinstance(layer, TransformerLayer) and not layer.is_block_start and not checkpoint
+        if group and not (shares and isinstance(group[-1], TransformerLayer)):
+            yield group
+            group = []
+        group.append(layer)
+    if group:
+        yield group
+
+
+def _forward_checkpointed(layer: TransformerLayer, buffer: DepthBuffer) -> DepthBuffer:
+    # Statistics are computed out here, once: inside, every layer's second run would compute them again.
+    statistics = buffer.statistics if layer.residual == "standard" else finished_sources(layer, buffer)[1]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return forward_block([layer], DepthBuffer(tensors[:-1], tensors[-1], statistics)).tensors()
+
+    tensors = recompute_in_backward(run, *buffer.tensors(), use_reentrant=False, preserve_rng_state=False)
+    return DepthBuffer(tensors[:-1], tensors[-1], statistics)
 
 
 def _generator_seed(seed: int, index: int) -> int:

@@ -1,10 +1,12 @@
-"""The two sublayers of a transformer layer and the norm before them: Llama's, with fused input projections."""
+"""What a transformer layer is made of: Llama's norm and sublayers, with fused projections; and the read over depth."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
+from model.depth_attention import depth_attention, depth_key, inverse_rms
+from model.depth_buffer import DepthBuffer
 
 
 class RMSNorm(nn.Module):
@@ -17,6 +19,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class DepthAttention(nn.Module):
+    """One read of the depth buffer: a learned query and a learned gain on the normalised keys, both `[hidden]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        # Zero queries weigh all sources alike; anything else upsets early training (paper section 5).
+        self.query = nn.Parameter(torch.zeros(config.hidden_size))
+        self.key_gain = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, buffer: DepthBuffer) -> Tensor:
+        """A read of the whole buffer by itself: `[batch, sequence, hidden]`."""
+        return depth_attention(buffer.tensors(), self.query, self.key_gain, self.eps, buffer.statistics)
+
+    def key(self) -> Tensor:
+        return depth_key(self.query, self.key_gain)
+
+    def statistic(self, source: Tensor) -> Tensor:
+        return inverse_rms(source, self.eps)
 
 
 class SelfAttention(nn.Module):
