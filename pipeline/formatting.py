@@ -44,10 +44,10 @@ def format_bytes(size: float) -> str:
         return "-"
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = 0
-    while abs(size) >= 1000 and power < len(units) - 1:
+    while abs(size) >= 1024 and power < len(units) - 1:
         size /= 1024
         power += 1
-    return f"{size:.3g} {units[power]}"
+    return f"{size:.0f} {units[power]}" if size >= 100 else f"{size:.3g} {units[power]}"
 
 
 def format_percent(fraction: float | None) -> str:

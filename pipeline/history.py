@@ -45,12 +45,15 @@ class RunHistory:
     def last(self) -> StepMetrics | None:
         return self.recent[-1] if self.recent else None
 
+    def points_to_last(self) -> list[StepMetrics]:
+        """`points`, and the last step if it is not one of them."""
+        if self.last is None or self.last.step == self.points[-1].step:
+            return self.points
+        return [*self.points, self.last]
+
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric over the run, up to the last step; where it is None there is no point."""
-        points = self.points
-        if self.last is not None and self.last.step > points[-1].step:
-            points = [*points, self.last]
-        known = [(point.step, value) for point in points if (value := getattr(point, name)) is not None]
+        known = [(point.step, value) for point in self.points_to_last() if (value := getattr(point, name)) is not None]
         return [step for step, _ in known], [value for _, value in known]
 
     def recent_mean(self, name: str) -> float:

@@ -59,19 +59,22 @@ def monitor(
     """
     console = console or Console()
     config = read_config(run_dir)
+    started = (Path(run_dir) / "config.yaml").stat().st_mtime
     history = RunHistory(run_dir)
     history.refresh()
+    frame = Frame(run_dir, config, history, started)
     if once or not console.is_terminal:
-        console.print(Frame(run_dir, config, history), height=min(console.height - 1, _ONCE_HEIGHT))
+        console.print(frame, height=min(console.height - 1, _ONCE_HEIGHT))
         return 0
     try:
-        with Live(Frame(run_dir, config, history), console=console, screen=True, auto_refresh=False) as live:
+        with Live(frame, console=console, screen=True, auto_refresh=False) as live:
             while True:
-                _sleep_unless_resized(console, refresh_s)
+                _sleep_unless_resized(console, max(0.1, refresh_s))
                 history.refresh()
-                live.update(Frame(run_dir, config, history), refresh=True)
-    except KeyboardInterrupt:
-        console.print(Frame(run_dir, config, history), height=min(console.height - 1, _ONCE_HEIGHT))
+                frame = Frame(run_dir, config, history, started)
+                live.update(frame, refresh=True)
+    except KeyboardInterrupt:  # the last picture stays on the ordinary screen
+        console.print(frame, height=min(console.height - 1, _ONCE_HEIGHT))
         return 0
 
 
@@ -87,7 +90,7 @@ def read_config(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
             f"{run_dir}: not a run directory (it has no config.yaml); give the one that run.dir in the "
             "configuration names"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DepthpipeError(f"{path}: not YAML ({' '.join(str(error).split())}); restore the file") from None
     if not isinstance(config, dict):
         raise DepthpipeError(f"{path}: not a run's configuration; give the directory of a run")
@@ -130,13 +133,17 @@ class Progress:
 
 
 class Frame:
-    """One picture of a run, as large as the room it is given. Below 72 columns the curves go under the numbers."""
+    """One picture of a run, as large as the room it is given. Below 72 columns the curves go under the numbers.
 
-    def __init__(self, run_dir: str | os.PathLike[str], config: dict[str, Any], history: RunHistory) -> None:
+    `started`: when the run began, in seconds since the epoch (the time of its config.yaml).
+    """
+
+    def __init__(
+        self, run_dir: str | os.PathLike[str], config: dict[str, Any], history: RunHistory, started: float
+    ) -> None:
         self._run_dir = Path(run_dir)
         self._config = config
         self._history = history
-        started = (self._run_dir / "config.yaml").stat().st_mtime
         self._progress = Progress.of(config, history, started, time.time())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -184,7 +191,7 @@ class Frame:
             times,
         )
         lines: list[RenderableType] = [bar]
-        lines += [Text(line, "dim", no_wrap=True, overflow="ellipsis") for line in _describe(self._config)]
+        lines += [Text(line, "dim", no_wrap=True, overflow="ellipsis") for line in describe(self._config)]
         title = Text.assemble((f" {self._run_dir} ", "bold"))
         return Panel(Group(*lines), title=title, title_align="left", subtitle=state, subtitle_align="right")
 
@@ -318,7 +325,7 @@ def _panel(content: RenderableType, title: Text | str, style: str = "") -> Panel
     return Panel(content, title=title, title_align="left", border_style="bright_black")
 
 
-def _describe(config: dict[str, Any]) -> tuple[str, str]:
+def describe(config: dict[str, Any]) -> tuple[str, str]:
     """Two lines: the model, and how it lies on the devices."""
     residual = _get(config, "model", "residual", default="?")
     blocks = f" in blocks of {_get(config, 'model', 'layers_per_block', default='?')}" if residual == "block" else ""

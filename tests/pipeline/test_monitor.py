@@ -76,7 +76,8 @@ def frame(run_dir: Path, width: int = 80, height: int = 24) -> str:
     history = RunHistory(run_dir)
     history.refresh()
     console = Console(width=width, height=height, file=io.StringIO())
-    console.print(Frame(run_dir, read_config(run_dir), history), height=height)
+    started = (run_dir / "config.yaml").stat().st_mtime
+    console.print(Frame(run_dir, read_config(run_dir), history, started), height=height)
     return console.file.getvalue()
 
 
@@ -162,6 +163,7 @@ def test_an_old_configuration_without_our_keys_still_shows(tmp_path):
         (lambda path: None, "no such directory; give the one that run.dir"),
         (lambda path: path.mkdir(), "not a run directory .it has no config.yaml."),
         (lambda path: (path.mkdir(), (path / "config.yaml").write_text("a: [")), "config.yaml: not YAML"),
+        (lambda path: (path.mkdir(), (path / "config.yaml").write_bytes(b"\xff\xfe\x00")), "config.yaml: not YAML"),
         (lambda path: (path.mkdir(), (path / "config.yaml").write_text("text")), "not a run's configuration"),
     ],
 )
