@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
+from data_prep.containers import CompressedLines, DamagedArchive, arrow_error, first_line, open_parquet
 from data_prep.corpus import CorpusFile
 from data_prep.errors import DepthpipeError
 
 READ_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16
+ROWS_AT_ONCE = 256
 # Where the encoder may be restarted inside a document: in front of a run of spaces, and after a newline.
 CUT = re.compile(rb"(?<=\n)|(?<=[^ ])(?= )")
 
 
 class Slice(NamedTuple):
-    """A range of one file: bytes of text and jsonl, row groups of parquet; 0 to -1 for a whole compressed file."""
+    """A part of one file: a range of bytes of text and jsonl, or of row groups of parquet.
+
+    Of a compressed file, which has no other way in than from its start: share `start` of `stop` shares of its lines.
+    """
 
     file: int
     start: int
@@ -80,7 +83,7 @@ class DocumentReader:
             elif file.kind in ("text", "jsonl"):
                 yield from self._lines(file, start, stop)
             else:
-                yield from self._compressed_lines(file)
+                yield from self._compressed_lines(file, start, stop)
         except OSError as error:
             raise DepthpipeError(f"{file.path}: cannot read ({error.strerror or error}): check the file") from None
 
@@ -120,28 +123,31 @@ class DocumentReader:
                 yield from parse(line, file, partial(_line_number, file.path, position))
                 position += len(line)
 
-    def _compressed_lines(self, file: CorpusFile) -> Iterator[Fragment]:
-        number = 0
+    def _compressed_lines(self, file: CorpusFile, share: int, shares: int) -> Iterator[Fragment]:
+        lines = CompressedLines(file, share, shares)
         try:
-            with open_compressed(file) as stream:
-                for number, line in enumerate(stream, 1):
-                    yield from self._parse_json(line, file, partial(int, number))
-        except (EOFError, gzip.BadGzipFile, ValueError) as error:
-            self._bad(f"{file.path}:{number + 1}: damaged archive ({error})")
+            for number, line in lines:
+                yield from self._parse_json(line, file, partial(int, number))
+        except DamagedArchive as error:
+            if lines.is_ours:  # or else every share would report it
+                self._bad(f"{file.path}:{lines.number}: damaged archive ({error})")
 
     def _rows(self, file: CorpusFile, start: int, stop: int) -> Iterator[Fragment]:
-        table = open_parquet(file.path)
+        try:
+            table = open_parquet(file.path)
+        except DepthpipeError as error:
+            self._bad(str(error))
+            return
         if self.text_key not in table.schema_arrow.names:
             raise DepthpipeError(f"{file.path}: no column {self.text_key!r}: name one with --text-key")
         for group in range(start, stop):
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, row_groups=[group], columns=[self.text_key]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    if isinstance(value, str):
-                        yield from self._whole(value)
-                    else:
-                        self._bad(f"{file.path}: row {row} of row group {group}: {self.text_key!r} is not text")
+            rows = table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group], columns=[self.text_key])
+            try:
+                values = (value for batch in rows for value in batch.column(0).to_pylist())
+                for row, value in enumerate(values):
+                    yield from self._value(value, f"{file.path}: row {row} of row group {group}")
+            except (arrow_error(), OSError) as error:
+                self._bad(f"{file.path}: row group {group}: damaged ({first_line(error)})")
 
     def _parse_json(self, line: bytes, file: CorpusFile, number: Callable[[], int]) -> Iterator[Fragment]:
         if not line.strip():
@@ -154,13 +160,19 @@ class DocumentReader:
         except (KeyError, TypeError, IndexError):
             self._bad(f"{file.path}:{number()}: no key {self.text_key!r} (another name goes with --text-key)")
         else:
-            if isinstance(text, str):
-                yield from self._whole(text)
-            else:
-                self._bad(f"{file.path}:{number()}: {self.text_key!r} is not text")
+            where = "" if isinstance(text, str) else f"{file.path}:{number()}"  # counting lines takes time
+            yield from self._value(text, where)
 
     def _parse_line(self, line: bytes, file: CorpusFile, number: Callable[[], int]) -> Iterator[Fragment]:
         yield from self._whole(self._decode(line.removesuffix(b"\n")))
+
+    def _value(self, value: object, where: str) -> Iterator[Fragment]:
+        if value is None:
+            self.counters.empty_documents += 1
+        elif isinstance(value, str):
+            yield from self._whole(value)
+        else:
+            self._bad(f"{where}: {self.text_key!r} is not text")
 
     def _whole(self, text: str) -> Iterator[Fragment]:
         if not text:
@@ -213,27 +225,6 @@ def last_cut(data: bytes) -> int:
     newline = data.rfind(b"\n") + 1
     space = data.rfind(b" ")
     return max(newline, len(data[: space + 1].rstrip(b" ")) if space > 0 else 0)
-
-
-def open_compressed(file: CorpusFile) -> io.BufferedIOBase:
-    """Decompressed bytes of a `.gz` or `.zst` file."""
-    if file.kind == "jsonl.gz":
-        return gzip.open(file.path, "rb")
-    import zstandard
-
-    return io.BufferedReader(zstandard.open(file.path, "rb"), READ_BYTES)
-
-
-def open_parquet(path: str) -> Any:
-    """`pyarrow.parquet.ParquetFile`, or a DepthpipeError that says what is wrong."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise DepthpipeError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        return parquet.ParquetFile(path)
-    except ArrowException as error:
-        raise DepthpipeError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _line_number(path: str, position: int) -> int:

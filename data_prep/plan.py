@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.containers import open_parquet
 from data_prep.corpus import CorpusFile
-from data_prep.documents import Slice, open_parquet
+from data_prep.documents import Slice
 from data_prep.errors import DepthpipeError
 from data_prep.shards import CHUNK_TOKENS
 
@@ -24,6 +25,7 @@ PLAN_VERSION = 1
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 256 << 20
 UNITS_WANTED = 256
 SLICES_PER_UNIT = 16
+MAX_SHARES = 8  # of a compressed file: each share decompresses it anew
 COMPRESSION_RATIO = 4  # of text under gzip and zstd, near enough to size units by
 
 
@@ -136,12 +138,14 @@ def _groups(files: Sequence[CorpusFile], options: Options, unit_bytes: int, *, c
                 groups += [[part] for part in parts]
                 continue
         elif file.kind == "parquet":
-            metadata = open_parquet(file.path).metadata
-            sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-            groups += [[(Slice(index, i, i + 1), size)] for i, size in enumerate(sizes)]
+            groups += [[(Slice(index, i, i + 1), size)] for i, size in enumerate(_row_groups(file, options))]
             continue
         else:
-            parts = [(Slice(index, 0, -1), _work(file))]
+            shares = min(MAX_SHARES, 1 + _work(file) // unit_bytes)
+            parts = [(Slice(index, share, shares), _work(file) // shares) for share in range(shares)]
+            if shares > 1:
+                groups += [[part] for part in parts]
+                continue
         small += parts
         if sum(work for _, work in small) >= slice_bytes:
             groups.append(small)
@@ -149,6 +153,17 @@ def _groups(files: Sequence[CorpusFile], options: Options, unit_bytes: int, *, c
     if small:
         groups.append(small)
     return groups
+
+
+def _row_groups(file: CorpusFile, options: Options) -> list[int]:
+    """Uncompressed bytes of each row group. A file that cannot be opened counts as one, for the reader to report."""
+    try:
+        metadata = open_parquet(file.path).metadata
+    except DepthpipeError:
+        if options.skip_bad:
+            return [file.size]
+        raise
+    return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
 
 
 def _ranges(index: int, size: int, step: int) -> Group:

@@ -1,0 +1,202 @@
+"""Every input format gives every document once, however it is cut; what cannot be read is named or counted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from data_prep import containers, documents, plan
+from data_prep.corpus import find_files
+from data_prep.documents import DocumentReader, first_cut, last_cut
+from data_prep.errors import DepthpipeError
+from data_prep.plan import Options, Plan
+
+Write = Callable[[Path, Sequence[str]], None]
+
+
+def as_jsonl(texts: Sequence[str]) -> bytes:
+    return b"".join(json.dumps({"id": i, "text": text}).encode() + b"\n" for i, text in enumerate(texts))
+
+
+def write_parquet(path: Path, texts: Sequence[str]) -> None:
+    parquet.write_table(pyarrow.table({"text": list(texts)}), path, row_group_size=7)
+
+
+def write_frames(path: Path, texts: Sequence[str]) -> None:
+    """Two zstd frames one after the other, as appending tools write them."""
+    half = len(texts) // 2
+    parts = (as_jsonl(texts[:half]), as_jsonl(texts[half:]))
+    path.write_bytes(b"".join(map(zstandard.ZstdCompressor().compress, parts)))
+
+
+WRITERS: dict[str, Write] = {
+    "a.jsonl": lambda path, texts: path.write_bytes(as_jsonl(texts)),
+    "a.jsonl.gz": lambda path, texts: path.write_bytes(gzip.compress(as_jsonl(texts))),
+    "a.jsonl.zst": write_frames,
+    "a.parquet": write_parquet,
+}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut everything into pieces far smaller than the documents."""
+    monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 300)
+    monkeypatch.setattr(plan, "SLICES_PER_UNIT", 4)
+    monkeypatch.setattr(containers, "STRIPE_BYTES", 64)
+    monkeypatch.setattr(containers, "READ_BYTES", 50)
+    monkeypatch.setattr(documents, "READ_BYTES", 40)
+
+
+def texts_for(rng: random.Random, count: int = 60) -> list[str]:
+    words = ["a", "word", "longer-word", "é", "日本語", "\n", "\t", "  ", '"', "\\", "\u2028", "\r\n"]
+    return [f"{i}:" + " ".join(rng.choices(words, k=rng.choice([0, 1, 3, 80]))) for i in range(count)]
+
+
+def read_all(directory: Path, **options: object) -> tuple[list[str], DocumentReader]:
+    """Documents over all slices of the plan, fragments joined; each slice by the same reader."""
+    files = find_files([str(directory)])
+    chosen = Options(**options)
+    reader = DocumentReader(chosen.text_key, chosen.documents, cuttable=True, skip_bad=chosen.skip_bad)
+    texts: list[str] = []
+    open_text = ""
+    for unit in Plan.make(files, "", chosen, cuttable=True).units:
+        for piece in unit:
+            for fragment in reader.read(files[piece.file], piece.start, piece.stop):
+                open_text += fragment.text
+                if fragment.ends:
+                    texts.append(open_text)
+                    open_text = ""
+    assert not open_text
+    return texts, reader
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_every_document_once(
+    name: str, tmp_path: Path, rng: random.Random, small_pieces: None
+) -> None:
+    texts = texts_for(rng)
+    WRITERS[name](tmp_path / name, texts)
+    got, _ = read_all(tmp_path)
+    assert sorted(got) == sorted(texts)
+    assert got != texts, "slices are shuffled, so that a shard holds text from all over the corpus"
+
+
+def test_long_text_files_are_cut_and_come_back_whole(tmp_path: Path, rng: random.Random, small_pieces: None) -> None:
+    texts = [" ".join(texts_for(rng)) + tail for tail in ("\n", "   ", "", "\n\n x")]
+    texts += ["nospace" * 300, " " * 2000, "\n" * 999, "short"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_bytes(text.encode())
+    got, _ = read_all(tmp_path)
+    assert sorted(got) == sorted(texts)
+
+
+def test_lines_of_text_files_are_documents_when_asked(tmp_path: Path, small_pieces: None) -> None:
+    lines = [f"line {i} " + "x" * (i % 90) for i in range(100)]
+    (tmp_path / "a.txt").write_text("\n".join([*lines, "", "last without newline"]))
+    got, reader = read_all(tmp_path, documents="line")
+    assert sorted(got) == sorted([*lines, "last without newline"])
+    assert reader.counters.empty_documents == 1
+
+
+def test_cuts_fall_only_after_newlines_and_before_runs_of_spaces(tmp_path: Path) -> None:
+    data = b"ab  cd\n  ef g"
+    path = tmp_path / "x"
+    path.write_bytes(data)
+    with open(path, "rb") as stream:
+        assert [first_cut(stream, i, len(data)) for i in range(len(data))] == [0, 2, 2, 7, 7, 7, 7, 7, 11, 11, 11, 11, 13]
+    assert [last_cut(data[:n]) for n in range(len(data) + 1)] == [0, 0, 0, 2, 2, 2, 2, 7, 7, 7, 7, 7, 11, 11]
+
+
+def test_undecodable_bytes_and_empty_documents_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good \xff\xfe bad \xe2\x82 end \xef\xbf\xbd")
+    (tmp_path / "b.txt").write_bytes(b"")
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": ""}\n{"text": null}\n{"text": "\\ud800x"}\n\n')
+    got, reader = read_all(tmp_path)
+    assert sorted(got) == sorted(["good \ufffd\ufffd bad \ufffd end \ufffd", "\ufffd\ufffd\ufffdx"])
+    assert reader.counters.undecodable_bytes == 4 + 3
+    assert reader.counters.empty_documents == 3
+
+
+BAD_LINES = {
+    "not valid JSON": b"{not json}",
+    "no key 'text'": b'{"body": "x"}',
+    "'text' is not text": b'{"text": 5}',
+}
+
+
+@pytest.mark.parametrize("message", BAD_LINES)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_corrupt_line_is_named_with_its_number_or_skipped(
+    name: str, message: str, tmp_path: Path, small_pieces: None
+) -> None:
+    good = as_jsonl([f"document {i}" for i in range(40)]).splitlines()
+    data = b"\n".join([*good[:17], BAD_LINES[message], *good[17:]]) + b"\n"
+    compress = {"a.jsonl": bytes, "a.jsonl.gz": gzip.compress, "a.jsonl.zst": zstandard.ZstdCompressor().compress}
+    (tmp_path / name).write_bytes(compress[name](data))
+    with pytest.raises(DepthpipeError, match=rf"{name}:18: {message}"):
+        read_all(tmp_path)
+    got, reader = read_all(tmp_path, skip_bad=True)
+    assert sorted(got) == sorted(f"document {i}" for i in range(40))
+    assert reader.counters.skipped == 1
+    assert f"{name}:18: {message}" in reader.counters.skipped_examples[0]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_archive_is_named_or_its_sound_start_kept(
+    name: str, damage: str, tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 20_000)  # several shares
+    monkeypatch.setattr(containers, "STRIPE_BYTES", 1000)
+    monkeypatch.setattr(containers, "READ_BYTES", 500)
+    texts = [f"{i} " + "".join(rng.choices("abcdefghijklmnop", k=300)) for i in range(400)]
+    path = tmp_path / name
+    if name.endswith("zst"):
+        compressor = zstandard.ZstdCompressor(write_checksum=True)
+        blocks = [as_jsonl(texts[i : i + 20]) for i in range(0, 400, 20)]
+        path.write_bytes(b"".join(map(compressor.compress, blocks)))
+    else:
+        path.write_bytes(gzip.compress(as_jsonl(texts)))
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        del data[len(data) * 2 // 3 :]
+    else:
+        data[len(data) * 2 // 3] ^= 0x55
+    path.write_bytes(data)
+    with pytest.raises(DepthpipeError, match=rf"{name}:\d+: (damaged archive|not valid JSON|no key)"):
+        read_all(tmp_path)
+    got, reader = read_all(tmp_path, skip_bad=True)
+    assert reader.counters.skipped >= 1
+    assert set(texts[:200]) <= set(got)
+
+
+def test_a_damaged_parquet_file_is_named_or_skipped(tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 but no more")
+    write_parquet(tmp_path / "good.parquet", ["x", "y"])
+    with pytest.raises(DepthpipeError, match=r"bad\.parquet: not a readable parquet file"):
+        read_all(tmp_path)
+    got, reader = read_all(tmp_path, skip_bad=True)
+    assert got == ["x", "y"] and reader.counters.skipped == 1
+    with pytest.raises(DepthpipeError, match=r"good\.parquet: no column 'body'"):
+        read_all(tmp_path, skip_bad=True, text_key="body")
+
+
+def test_inputs_are_found_by_suffix_include_exclude_and_glob(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.py", "c.md", "tests/d.py", "sub/e.py", "sub/f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    names = lambda *args, **kwargs: [file.name for file in find_files(*args, **kwargs)]  # noqa: E731
+    assert names([str(tmp_path)]) == ["a.txt", "sub/f.txt"]
+    assert names([str(tmp_path)], include=["*.py"]) == ["b.py", "sub/e.py", "tests/d.py"]
+    assert names([str(tmp_path)], include=["*.py"], exclude=["tests"]) == ["b.py", "sub/e.py"]
+    assert names([str(tmp_path)], include=["*.py"], exclude=["sub/*", "b.*"]) == ["tests/d.py"]
+    assert names([str(tmp_path / "**/*.py")]) == ["b.py", "e.py", "d.py"]
+    assert names([str(tmp_path / "c.md"), str(tmp_path)]) == ["c.md", "a.txt", "sub/f.txt"]
