@@ -254,9 +254,13 @@ def known_peak_flops(device_name: str) -> float | None:
     return next((flops for known, flops in _PEAK_FLOPS if re.search(rf"\b{known}\b", device_name)), None)
 
 
-def _measured_matmul_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+def _measured_matmul_flops(dtype: torch.dtype, seconds: float = 0.2) -> float:
     import torch
 
+    # About 1 ms a pass: shorter than the slice of a core that the scheduler gives, so that among 100 passes some
+    # run undisturbed on a busy machine. (With three busy processes on two cores, this size keeps its 105 GFLOP/s,
+    # where 1024 falls from 100 to 23.)
+    size = 64 * round(6 * torch.get_num_threads() ** 0.5)
     left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     with torch.no_grad():
         torch.mm(left, right)  # the first call starts the threads

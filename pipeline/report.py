@@ -128,7 +128,7 @@ def _charts(history: RunHistory) -> list[tuple[str, str, Chart, bool]]:
         *charts,
         ("tokens per second", "all devices", single("tokens_per_second", format_count), False),
         ("MFU", "model FLOP/s over peak", single("mfu", format_percent), False),
-        ("where a step's time goes", "seconds, mean over stages", _step_time(history), False),
+        ("where a step's time goes", "mean over stages", _step_time(history), False),
         ("gradient norm", "before clipping", single("grad_norm", _number, "c", from_zero=False), False),
         ("learning rate", "", single("lr", _number, "c"), False),
         ("data wait", "share of the step", single("data_wait_fraction", format_percent, "b"), False),
