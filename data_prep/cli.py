@@ -1,9 +1,10 @@
-"""The data commands: `tokenizer train`, `tokenize`, `data verify`, `data inspect`."""
+"""The data commands: `tokenizer train`, `tokenize`, `data verify`, `data inspect`, `data merge`."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from data_prep.checks import statistics, verify
 from data_prep.errors import DepthpipeError
-from data_prep.job import Report, tokenize_corpus
+from data_prep.job import Report, merge_parts, tokenize_corpus
 from data_prep.plan import Options
 from data_prep.training import train_tokenizer
 
@@ -65,6 +66,10 @@ def add_commands(subparsers: Subparsers) -> None:
         help="share of documents for DIR/validation; the rest goes to DIR/train",
     )
 
+    tokenize.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="I/N", help="do one of N parts of the job; `data merge` ends it"
+    )
+
     data = _command(subparsers, "data", "check a dataset, or look into it", None)
     commands = data.add_subparsers(required=True, metavar="COMMAND")
     check = _command(
@@ -75,6 +80,15 @@ def add_commands(subparsers: Subparsers) -> None:
         "depthpipe data verify data/train",
     )
     check.add_argument("dir", metavar="DIR", help="a dataset directory (the one with manifest.json)")
+    merge = _command(
+        commands,
+        "merge",
+        "make one dataset of the parts that `tokenize --part` did",
+        _run_merge,
+        "depthpipe data merge data",
+    )
+    merge.add_argument("dir", metavar="DIR", help="the --out of the parts (or of the first, with others following)")
+    merge.add_argument("others", nargs="*", metavar="PART_DIR", help="copies of DIR from machines that did other parts")
     look = _command(
         commands,
         "inspect",
@@ -174,12 +188,20 @@ def _run_tokenize(args: argparse.Namespace) -> int:
                 options=options,
                 include=args.include,
                 exclude=args.exclude,
+                part=args.part,
                 progress=show,
             )
     except KeyboardInterrupt:
         _print(f"{args.out}: stopped; the same command goes on from here")
         return 130
     _print_report(report, args.out)
+    if not report.finished:
+        _print(f"  part {args.part[0]} of {args.part[1]}; after all parts: depthpipe data merge {args.out}")
+    return 0
+
+
+def _run_merge(args: argparse.Namespace) -> int:
+    _print_report(merge_parts(args.dir, args.others), args.dir)
     return 0
 
 
@@ -254,6 +276,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text}: must be I/N with I from 1 to N")
+    return int(match[1]), int(match[2])
 
 
 def _fraction(text: str) -> float:

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from data_prep.commit import (
+    JOB_FILE,
+    UNFINISHED,
+    begin,
+    collect_parts,
+    commit,
+    open_finished,
+    read_json,
+    read_result,
+    total,
+)
 from data_prep.corpus import find_files
 from data_prep.documents import Counters
-from data_prep.encoder import Encoder, token_dtype
+from data_prep.encoder import Encoder
 from data_prep.errors import DepthpipeError
-from data_prep.manifest import MANIFEST, TOKENIZER_FILE, Manifest, write_json
+from data_prep.manifest import write_errors
 from data_prep.plan import Options, Plan
-from data_prep.shards import ShardInfo
 from data_prep.tokenizer import Tokenizer
-from data_prep.worker import TRAIN, VALIDATION, UnitResult, WorkerPool, unit_file, unit_record
-
-JOB_FILE = "job.json"
-UNFINISHED = "unfinished"
+from data_prep.worker import WorkerPool, unit_record
 
 
 @dataclass(frozen=True)
@@ -61,27 +66,73 @@ def tokenize_corpus(
     """
     started = time.monotonic()
     out = Path(out)
-    options = options or Options()
     tokenizer = Tokenizer.load(tokenizer_path)
     files = find_files(inputs, include, exclude)
-    plan = Plan.make(files, tokenizer.fingerprint, options, cuttable=Encoder(tokenizer).cuttable)
+    plan = Plan.make(files, tokenizer.fingerprint, options or Options(), cuttable=Encoder(tokenizer).cuttable)
     if (out / JOB_FILE).exists():
-        return _reuse(out, plan)
-    unfinished = out / UNFINISHED
-    with _locked(unfinished, part):
-        _begin(out, plan, tokenizer)
+        record = read_json(out / JOB_FILE)
+        plan.check_same_as(record, out)
+        return Report(open_finished(out, record), Counters(**record["counters"]), 0.0, reused=True)
+    with _locked(out / UNFINISHED, part), write_errors(out):
+        begin(out, plan, tokenizer)
         own = range(part[0] - 1, len(plan.units), part[1])
-        _do_units(plan, tokenizer, unfinished, own, workers, progress)
+        _do_units(plan, tokenizer, out / UNFINISHED, own, workers, progress)
         if part != (1, 1):
-            results = [_read_result(unfinished, unit) for unit in own]
-            return Report((), _total(results), time.monotonic() - started, finished=False)
-        datasets, counters = _commit(out, plan)
+            counters = total([read_result(out / UNFINISHED, unit) for unit in own])
+            return Report((), counters, time.monotonic() - started, finished=False)
+        datasets, counters = commit(out)
         return Report(datasets, counters, time.monotonic() - started)
+
+
+def merge_parts(out: str | Path, others: Sequence[str | Path] = ()) -> Report:
+    """Commit a job that was done in parts in `out`.
+
+    `others` are directories in which other machines did parts of the same job; their units are copied to `out` first.
+    Raises DepthpipeError when units are missing, or a directory belongs to another job.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    if (out / JOB_FILE).exists():
+        record = read_json(out / JOB_FILE)
+        return Report(open_finished(out, record), Counters(**record["counters"]), 0.0, reused=True)
+    with _locked(out / UNFINISHED, (0, 0)), write_errors(out):
+        collect_parts(out, [Path(other) for other in others])
+        datasets, counters = commit(out)
+        return Report(datasets, counters, time.monotonic() - started)
+
+
+def _do_units(
+    plan: Plan, tokenizer: Tokenizer, unfinished: Path, own: range, workers: int, progress: ProgressCallback
+) -> None:
+    done = [unit for unit in own if unit_record(unfinished, unit).exists()]
+    before = total([read_result(unfinished, unit) for unit in done])
+    missing = sorted(set(own) - set(done))
+    if not missing:
+        return
+    _remove_partial_files(unfinished, set(missing))
+    finished = len(done)
+    progress(before.documents, before.tokens, before.text_bytes, finished / len(own))
+    with WorkerPool(plan, tokenizer, unfinished, min(workers, len(missing))) as pool:
+        for result in pool.run(missing):
+            finished += result is not None
+            documents, tokens, size = pool.progress()
+            progress(
+                before.documents + documents, before.tokens + tokens, before.text_bytes + size, finished / len(own)
+            )
+
+
+def _remove_partial_files(unfinished: Path, units: set[int]) -> None:
+    """What a killed run left half-written of these units: never read, but it takes room."""
+    for path in unfinished.glob("*.partial"):
+        unit = re.match(r"[a-z]+_(\d{6})\.", path.name)
+        if unit and int(unit[1]) in units:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _locked(unfinished: Path, part: tuple[int, int]) -> Iterator[None]:
     """One process at a time works on a part: a second one ends with a DepthpipeError."""
+    created = not unfinished.exists()
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
         lock = open(unfinished / f"lock-{part[0]}-of-{part[1]}", "w")  # noqa: SIM115 (held open for the lock)
@@ -96,133 +147,9 @@ def _locked(unfinished: Path, part: tuple[int, int]) -> Iterator[None]:
             raise DepthpipeError(
                 f"{unfinished.parent}: another `depthpipe tokenize` is writing there: wait for it"
             ) from None
-        yield
-
-
-def _reuse(out: Path, plan: Plan) -> Report:
-    record = _read_json(out / JOB_FILE)
-    plan.check_same_as(record, out)
-    counters = Counters(**record["counters"])
-    datasets = tuple(Path(directory) for directory in _dataset_directories(out, plan.options).values())
-    for directory in datasets:
-        manifest = Manifest.load(directory)
-        for index in range(len(manifest.shards)):
-            manifest.open_shard(index)
-    return Report(datasets, counters, 0.0, reused=True)
-
-
-def _begin(out: Path, plan: Plan, tokenizer: Tokenizer) -> None:
-    """Record the job, or check that the one recorded is this one."""
-    unfinished = out / UNFINISHED
-    if (unfinished / JOB_FILE).exists():
-        plan.check_same_as(_read_json(unfinished / JOB_FILE), out)
-        return
-    for name in (MANIFEST, TRAIN, VALIDATION):
-        if (out / name).exists():
-            raise DepthpipeError(f"{out}: holds {name}, but not from this job: choose another --out or remove it")
-    shutil.copyfile(tokenizer.path, unfinished / TOKENIZER_FILE)
-    write_json(unfinished / JOB_FILE, plan.to_json())
-
-
-def _do_units(
-    plan: Plan, tokenizer: Tokenizer, unfinished: Path, own: range, workers: int, progress: ProgressCallback
-) -> None:
-    done = [unit for unit in own if unit_record(unfinished, unit).exists()]
-    before = _total([_read_result(unfinished, unit) for unit in done])
-    missing = sorted(set(own) - set(done))
-    if not missing:
-        return
-    finished = len(done)
-    with WorkerPool(plan, tokenizer, unfinished, min(workers, len(missing))) as pool:
-        for result in pool.run(missing):
-            finished += result is not None
-            documents, tokens, size = pool.progress()
-            progress(
-                before.documents + documents,
-                before.tokens + tokens,
-                before.text_bytes + size,
-                finished / len(own),
-            )
-
-
-def _commit(out: Path, plan: Plan) -> tuple[tuple[Path, ...], Counters]:
-    """Move finished shards to their places, then write the manifests, then the record. Every step may be repeated."""
-    unfinished = out / UNFINISHED
-    results = [_read_result(unfinished, unit) for unit in range(len(plan.units))]
-    directories = _dataset_directories(out, plan.options)
-    for half in directories:
-        if not any(half in result.shards for result in results):
-            raise DepthpipeError(_empty_half_message(out, half, plan, _total(results)))
-    tokenizer = Tokenizer.load(unfinished / TOKENIZER_FILE)
-    for half, directory in directories.items():
-        _commit_half(directory, half, unfinished, results, tokenizer, plan)
-    write_json(out / JOB_FILE, plan.to_json() | {"counters": vars(_total(results))})
-    shutil.rmtree(unfinished)
-    return tuple(directories.values()), _total(results)
-
-
-def _commit_half(
-    directory: Path, half: str, unfinished: Path, results: Sequence[UnitResult], tokenizer: Tokenizer, plan: Plan
-) -> None:
-    (directory / "shards").mkdir(parents=True, exist_ok=True)
-    shards: list[ShardInfo] = []
-    for unit, result in enumerate(results):
-        if info := result.shards.get(half):
-            file = f"shards/{len(shards):06d}.tar"
-            finished = unit_file(unfinished, unit, half)
-            if finished.exists():
-                os.replace(finished, directory / file)
-            shards.append(ShardInfo(file, info.tokens, info.documents, info.bytes, info.sha256))
-    temporary = directory / f"{TOKENIZER_FILE}.partial"
-    shutil.copyfile(unfinished / TOKENIZER_FILE, temporary)
-    os.replace(temporary, directory / TOKENIZER_FILE)
-    manifest = Manifest(
-        directory=directory,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        dtype=token_dtype(tokenizer.vocab_size),
-        end_of_document_id=tokenizer.end_of_document_id,
-        chunk_tokens=plan.options.chunk_tokens,
-        tokens=sum(shard.tokens for shard in shards),
-        documents=sum(shard.documents for shard in shards),
-        text_bytes=sum(result.counters[half].text_bytes for result in results),
-        shards=tuple(shards),
-    )
-    for index in range(len(shards)):
-        manifest.open_shard(index)
-    manifest.save()
-
-
-def _dataset_directories(out: Path, options: Options) -> dict[str, Path]:
-    if not options.validation_fraction:
-        return {TRAIN: out}
-    return {TRAIN: out / TRAIN, VALIDATION: out / VALIDATION}
-
-
-def _empty_half_message(out: Path, half: str, plan: Plan, total: Counters) -> str:
-    if not total.documents:
-        return f"{plan.files[0].path}: no document holds any text (skipped {total.skipped}): check the inputs"
-    return (
-        f"{out}: no document fell to {half} ({total.documents} documents, --validation-fraction "
-        f"{plan.options.validation_fraction}): change the fraction, remove {out}, and run again"
-    )
-
-
-def _total(results: Sequence[UnitResult]) -> Counters:
-    total = Counters()
-    for result in results:
-        for counters in result.counters.values():
-            total.add(counters)
-    return total
-
-
-def _read_result(unfinished: Path, unit: int) -> UnitResult:
-    return UnitResult.from_json(_read_json(unit_record(unfinished, unit)))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DepthpipeError(f"{path}: cannot read ({error}): remove {path.parent} and run again") from None
-    return content
+        try:
+            yield
+        except DepthpipeError:
+            if created and not (unfinished / JOB_FILE).exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise

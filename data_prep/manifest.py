@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,15 +110,31 @@ class Manifest:
         return content
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that `path` holds either its old bytes or all of the new ones, whatever happens."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write so that `path` holds either its old bytes or all of the new ones, whatever happens."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_atomically` of `content` as JSON."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+@contextmanager
+def write_errors(directory: Path) -> Iterator[None]:
+    """Turn a failure to write, a full disk above all, into one line. What is finished stays usable."""
+    try:
+        yield
+    except OSError as error:
+        raise DepthpipeError(
+            f"{directory}: cannot write ({error.strerror or error}): finished shards are kept; "
+            "make room and run the same command again"
+        ) from None
 
 
 def _hint(directory: Path) -> str:

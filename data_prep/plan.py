@@ -86,6 +86,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             "tokenizer": self.tokenizer,
             "options": dataclasses.asdict(self.options),
+            "units": len(self.units),
             "files": [list(dataclasses.astuple(file)) for file in self.files],
         }
 
@@ -100,15 +101,15 @@ class Plan:
             if record["options"].get(name) != value:
                 was = record["options"].get(name)
                 raise DepthpipeError(f"{directory}: was begun with {name} {was!r}, now it is {value!r}: {remedy}")
-        before = {fields[1]: CorpusFile(*fields) for fields in record["files"]}
-        now = {file.name: file for file in self.files}
-        for name, file in now.items():
-            if name not in before:
-                raise DepthpipeError(f"{file.path}: new since {directory} was begun: {remedy}")
-            if (file.size, file.mtime_ns) != (before[name].size, before[name].mtime_ns):
-                raise DepthpipeError(f"{file.path}: changed since {directory} was begun: {remedy}")
-        for name in before.keys() - now.keys():
-            raise DepthpipeError(f"{before[name].path}: gone since {directory} was begun: {remedy}")
+        before = {file.path: file for file in (CorpusFile(*fields) for fields in record["files"])}
+        now = {file.path: file for file in self.files}
+        for path in before.keys() - now.keys():
+            raise DepthpipeError(f"{path}: gone since {directory} was begun: {remedy}")
+        for path, file in now.items():
+            if path not in before:
+                raise DepthpipeError(f"{path}: new since {directory} was begun: {remedy}")
+            if (file.size, file.mtime_ns) != (before[path].size, before[path].mtime_ns):
+                raise DepthpipeError(f"{path}: changed since {directory} was begun: {remedy}")
         if record["fingerprint"] != self.fingerprint:
             raise DepthpipeError(f"{directory}: was begun with other inputs or in another order: {remedy}")
 

@@ -75,7 +75,7 @@ class ShardWriter:
                 self._write_member(self._buffer[start : start + self._chunk_bytes])
             del self._buffer[:whole]
 
-    def finish(self, name: str) -> ShardInfo | None:
+    def finish(self) -> ShardInfo | None:
         """Make the shard appear under its path; None, and no file, when it has no tokens."""
         if not self.tokens:
             self.discard()
@@ -88,7 +88,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
-        return ShardInfo(name, self.tokens, self.documents, size, self._sha256.hexdigest())
+        return ShardInfo(self.path.name, self.tokens, self.documents, size, self._sha256.hexdigest())
 
     def discard(self) -> None:
         """Forget what was written."""

@@ -17,7 +17,7 @@ from data_prep.corpus import CorpusFile
 from data_prep.documents import Counters, DocumentReader, Fragment
 from data_prep.encoder import Encoder
 from data_prep.errors import DepthpipeError
-from data_prep.manifest import write_json
+from data_prep.manifest import write_errors, write_json
 from data_prep.plan import Plan
 from data_prep.shards import ShardInfo, ShardWriter
 from data_prep.tokenizer import Tokenizer
@@ -71,33 +71,35 @@ class UnitWorker:
         writers: dict[str, ShardWriter] = {}
         counters = {TRAIN: Counters(), VALIDATION: Counters()}
         try:
-            for half, fragment in self._fragments(unit, counters[TRAIN]):
-                if half not in writers:
-                    path = unit_file(self.directory, unit, half)
-                    writers[half] = ShardWriter(path, self.encoder.dtype, self.plan.options.chunk_tokens)
-                packed = self._encode(fragment) + (self.end if fragment.ends else b"")
-                writers[half].append(packed)
-                writers[half].documents += fragment.ends
-                size = len(fragment.text) if fragment.text.isascii() else len(fragment.text.encode())
-                counters[half].text_bytes += size
-                progress(fragment.ends, len(packed) // self.encoder.dtype.itemsize, size)
-            shards: dict[str, ShardInfo] = {}
-            for half, writer in writers.items():
-                if info := writer.finish(writer.path.name):
-                    shards[half] = info
-                    counters[half].documents += info.documents
-                    counters[half].tokens += info.tokens
-            result = UnitResult(shards, counters)
-            write_json(unit_record(self.directory, unit), result.to_json())
+            with write_errors(self.directory):
+                self._write_shards(unit, writers, counters, progress)
+                shards = {half: info for half, writer in writers.items() if (info := writer.finish())}
+                for half, info in shards.items():
+                    counters[half].documents, counters[half].tokens = info.documents, info.tokens
+                result = UnitResult(shards, counters)
+                write_json(unit_record(self.directory, unit), result.to_json())
             return result
-        except OSError as error:
-            raise DepthpipeError(
-                f"{self.directory}: cannot write ({error.strerror or error}): finished shards are kept; "
-                "make room and run the same command again"
-            ) from None
         finally:
             for writer in writers.values():
                 writer.discard()
+
+    def _write_shards(
+        self,
+        unit: int,
+        writers: dict[str, ShardWriter],
+        counters: dict[str, Counters],
+        progress: Callable[[int, int, int], None],
+    ) -> None:
+        for half, fragment in self._fragments(unit, counters[TRAIN]):
+            if half not in writers:
+                path = unit_file(self.directory, unit, half)
+                writers[half] = ShardWriter(path, self.encoder.dtype, self.plan.options.chunk_tokens)
+            packed = self._encode(fragment) + (self.end if fragment.ends else b"")
+            writers[half].append(packed)
+            writers[half].documents += fragment.ends
+            size = len(fragment.text) if fragment.text.isascii() else len(fragment.text.encode())
+            counters[half].text_bytes += size
+            progress(fragment.ends, len(packed) // self.encoder.dtype.itemsize, size)
 
     def _fragments(self, unit: int, counters: Counters) -> Iterator[tuple[str, Fragment]]:
         options = self.plan.options
@@ -130,7 +132,10 @@ def half_of(head: bytes, validation_fraction: float) -> str:
 
 
 def _check_unchanged(file: CorpusFile) -> None:
-    status = os.stat(file.path)
+    try:
+        status = os.stat(file.path)
+    except OSError:
+        raise DepthpipeError(f"{file.path}: gone while it was read: restore it and run again") from None
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
         raise DepthpipeError(f"{file.path}: changed while it was read: restore it, or start again with another --out")
 
