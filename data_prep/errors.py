@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+EXIT_WRONG_INPUT = 2
+
 
 class DepthpipeError(Exception):
     """A wrong input. The message is one line: it names the file or key, and says what to do.

@@ -9,8 +9,8 @@ from typing import Any
 
 import data_prep.cli
 import pipeline.monitor
-from data_prep.errors import DepthpipeError
-from pipeline.launch import EXIT_WRONG_INPUT
+import pipeline.report
+from data_prep.errors import EXIT_WRONG_INPUT, DepthpipeError
 
 _HELP = argparse.RawDescriptionHelpFormatter
 
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_launch(commands)
     pipeline.monitor.add_commands(commands)
+    pipeline.report.add_commands(commands)
     _add_generate(commands)
     return parser
 

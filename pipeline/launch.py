@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.errors import DepthpipeError
+from data_prep.errors import EXIT_WRONG_INPUT, DepthpipeError
 from pipeline.checkpoints import latest_checkpoint
 from pipeline.config import Config
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 WORKER_PARENT = "DEPTHPIPE_PARENT_PID"
 SHUTDOWN_SECONDS = 5  # after which a worker that was asked to end is killed
-EXIT_WRONG_INPUT = 2
 
 
 def in_torchrun() -> bool:
@@ -46,7 +45,7 @@ def launch_local(config: Config, arguments: Sequence[str]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     os.environ[WORKER_PARENT] = str(os.getpid())
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable()  # torch's launcher speaks of signals and exit codes; the lines below say it shorter
     launch_config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

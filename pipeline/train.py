@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch.distributed as dist
 from rich.console import Console
 
-from data_prep.errors import DepthpipeError
+from data_prep.errors import EXIT_WRONG_INPUT, DepthpipeError
 from data_prep.manifest import TOKENIZER_FILE, Manifest
 from data_prep.stream import BatchLoader, DatasetSource, SequenceStream
 from pipeline.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import Config, OptimizerSection, WeightedDataset
-from pipeline.launch import EXIT_WRONG_INPUT, WORKER_PARENT, end_with_parent
+from pipeline.launch import WORKER_PARENT, end_with_parent
 from pipeline.meter import Meter
 from pipeline.metrics import MetricsWriter, StepMetrics
 from pipeline.progress import TrainProgress
