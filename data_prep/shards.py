@@ -6,6 +6,7 @@ and a shard reads as one memory map. Plain `tar` and plain `webdataset` read the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -92,7 +93,8 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Forget what was written."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def _write_member(self, packed: bytes | bytearray) -> None:

@@ -111,7 +111,21 @@ def test_cuts_fall_only_after_newlines_and_before_runs_of_spaces(tmp_path: Path)
     path = tmp_path / "x"
     path.write_bytes(data)
     with open(path, "rb") as stream:
-        assert [first_cut(stream, i, len(data)) for i in range(len(data))] == [0, 2, 2, 7, 7, 7, 7, 7, 11, 11, 11, 11, 13]
+        assert [first_cut(stream, i, len(data)) for i in range(len(data))] == [
+            0,
+            2,
+            2,
+            7,
+            7,
+            7,
+            7,
+            7,
+            11,
+            11,
+            11,
+            11,
+            13,
+        ]
     assert [last_cut(data[:n]) for n in range(len(data) + 1)] == [0, 0, 0, 2, 2, 2, 2, 7, 7, 7, 7, 7, 11, 11]
 
 
