@@ -231,7 +231,8 @@ def _run_verify(args: argparse.Namespace) -> int:
     for problem in problems:
         _print(problem)
     if problems:
-        raise DepthpipeError(f"{args.dir}: {len(problems)} problems found: restore the files, or tokenize again")
+        found = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found"
+        raise DepthpipeError(f"{args.dir}: {found}: restore the files, or tokenize again")
     _print(f"{args.dir}: every shard is as it was written")
     return 0
 

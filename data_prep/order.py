@@ -65,7 +65,8 @@ class DatasetOrder:
         self.sequence_length = sequence_length
         self.seed = seed
         shard_tokens = np.array([shard.tokens for shard in manifest.shards], dtype=np.int64)
-        self._block_start = _block_starts(shard_tokens, BLOCK_SEQUENCES * sequence_length)
+        self._block_first_shard = _group_shards(shard_tokens, BLOCK_SEQUENCES * sequence_length)
+        self._block_start = np.concatenate([[0], np.cumsum(shard_tokens)])[self._block_first_shard]
         self._block_sequences: Int64Array = (np.diff(self._block_start) - 1) // sequence_length
         self._window_sequences = max(1, window_tokens // sequence_length)
         self.sequences_per_epoch = int(self._block_sequences.sum())
@@ -85,6 +86,25 @@ class DatasetOrder:
                 chosen = in_epoch & (windows == window)
                 starts[chosen] = self._window(int(epoch), int(window))[places[chosen] - window_start[window]]
         return starts
+
+    def window_of(self, index: int) -> tuple[int, int]:
+        """Epoch and window to which sequence `index` belongs."""
+        epoch, place = divmod(index, self.sequences_per_epoch)
+        layout = self._epoch(epoch)
+        window_start = layout.sequences_before_block[layout.first_block_of_window]
+        return epoch, int(np.searchsorted(window_start, place, side="right")) - 1
+
+    def window_after(self, epoch: int, window: int) -> tuple[int, int]:
+        """The window that is read next."""
+        last = len(self._epoch(epoch).first_block_of_window) - 2
+        return (epoch, window + 1) if window < last else (epoch + 1, 0)
+
+    def shards_of(self, epoch: int, window: int) -> list[int]:
+        """Numbers of the shards that a window reads, and no others."""
+        layout = self._epoch(epoch)
+        first, last = layout.first_block_of_window[window : window + 2]
+        bounds = self._block_first_shard
+        return [shard for block in layout.blocks[first:last] for shard in range(bounds[block], bounds[block + 1])]
 
     def _make_epoch(self, epoch: int) -> _Epoch:
         blocks = permutation(len(self._block_sequences), self.seed, epoch)
@@ -106,14 +126,16 @@ class DatasetOrder:
         return starts[permutation(len(starts), self.seed, epoch, window)]
 
 
-def _block_starts(shard_tokens: Int64Array, block_tokens: int) -> Int64Array:
-    """Token offsets [blocks + 1] of blocks of whole shards, each of at least `block_tokens` if there are as many."""
-    ends = np.cumsum(shard_tokens)
-    starts = [0]
-    for end in ends:
-        if end - starts[-1] >= block_tokens:
-            starts.append(int(end))
-    if len(starts) == 1:
-        starts.append(int(ends[-1]))
-    starts[-1] = int(ends[-1])  # a short rest joins the last block
-    return np.array(starts, dtype=np.int64)
+def _group_shards(shard_tokens: Int64Array, block_tokens: int) -> Int64Array:
+    """First shards [blocks + 1] of blocks of consecutive shards, of `block_tokens` or more where there are as many."""
+    bounds = [0]
+    tokens = 0
+    for shard, count in enumerate(shard_tokens.tolist(), 1):
+        tokens += count
+        if tokens >= block_tokens:
+            bounds.append(shard)
+            tokens = 0
+    if len(bounds) == 1:
+        bounds.append(len(shard_tokens))
+    bounds[-1] = len(shard_tokens)  # a short rest joins the last block
+    return np.array(bounds, dtype=np.int64)

@@ -1,130 +1,29 @@
-"""From shards to batches: the global order of sequences, and the loader that feeds one data-parallel rank.
+"""From the global order of sequences to the batches of one data-parallel rank.
 
 The only file of data_prep that imports torch.
 """
 
 from __future__ import annotations
 
-import functools
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from data_prep.errors import DepthpipeError
-from data_prep.manifest import Manifest
-from data_prep.mixture import Mixture
-from data_prep.order import WINDOW_TOKENS, DatasetOrder, Int64Array
-from data_prep.shards import ShardReader
+from data_prep.order import Int64Array
+from data_prep.sequences import DatasetSource, SequenceStream, TokenArray
+
+__all__ = ["BatchLoader", "DatasetSource", "SequenceStream"]
 
 Columns = Literal["inputs", "labels", "both"]
-Batch = tuple[torch.Tensor | None, torch.Tensor | None]
+Batch = tuple[torch.Tensor | None, ...]
 POSITION_VERSION = 1
-
-
-@dataclass(frozen=True)
-class DatasetSource:
-    """A dataset directory and its weight in a mixture: the expected share of sequences is weight / sum of weights."""
-
-    path: str
-    weight: float = 1.0
-
-
-class TokenReader:
-    """Tokens of one dataset by their offset in its whole stream. Shards are opened when they are first read."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self._shard_starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in manifest.shards])])
-        self._open: functools._lru_cache_wrapper[ShardReader] = functools.lru_cache(1024)(manifest.open_shard)
-
-    def read(self, start: int, out: Int64Array) -> None:
-        """Copy tokens `start : start + len(out)` into `out`."""
-        shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
-        done = 0
-        while done < len(out):
-            first = start + done - int(self._shard_starts[shard])
-            count = min(len(out) - done, int(self._shard_starts[shard + 1]) - (start + done))
-            self._open(shard).read(first, out[done : done + count])
-            done += count
-            shard += 1
-
-
-class SequenceStream:
-    """The global, endless, reshuffled order of sequences over a mixture of datasets.
-
-    Sequence `k` is a function of (manifests, weights, seed, sequence_length, window_tokens) alone: the same on every
-    rank, for every number of ranks, after every restart.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[DatasetSource],
-        sequence_length: int,
-        seed: int,
-        *,
-        window_tokens: int = WINDOW_TOKENS,
-    ) -> None:
-        """Raises DepthpipeError for a directory that is no dataset, datasets of different tokenizers, bad weights."""
-        self.sources = tuple(sources)
-        self.sequence_length = sequence_length
-        self.seed = seed
-        self.manifests = [Manifest.load(source.path) for source in self.sources]
-        first = self.manifests[0]
-        for manifest in self.manifests[1:]:
-            if manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
-                raise DepthpipeError(
-                    f"{manifest.directory}: made with another tokenizer than {first.directory}: "
-                    "tokenize one of them again"
-                )
-        self._orders = [
-            DatasetOrder(manifest, sequence_length, seed + index, window_tokens)
-            for index, manifest in enumerate(self.manifests)
-        ]
-        self._readers = [TokenReader(manifest) for manifest in self.manifests]
-        self._mixture = Mixture([(source.path, source.weight) for source in self.sources], seed)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.manifests[0].vocab_size
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        return self.manifests[0].tokenizer_fingerprint
-
-    @property
-    def sequences_per_epoch(self) -> list[int]:
-        """Sequences in one pass over each source."""
-        return [order.sequences_per_epoch for order in self._orders]
-
-    def sequence(self, index: int) -> Int64Array:
-        """Sequence `index` of the global order: int64 [sequence_length + 1]."""
-        out: Int64Array = np.empty(self.sequence_length + 1, dtype=np.int64)
-        self.fill(np.array([index]), out[np.newaxis])
-        return out
-
-    def fill(self, indices: Int64Array, out: Int64Array, shift: int = 0) -> None:
-        """Write the first `out.shape[1]` tokens from token `shift` on of each sequence into `out` [len(indices), n]."""
-        sources, places = self._mixture.assign(indices)
-        for source, (order, reader) in enumerate(zip(self._orders, self._readers, strict=True)):
-            (rows,) = np.nonzero(sources == source)
-            for row, start in zip(rows.tolist(), order.starts(places[rows]).tolist(), strict=True):
-                reader.read(start + shift, out[row])
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the order, for comparison with a checkpoint's position."""
-        return {
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            "sources": [
-                {"dataset": manifest.fingerprint, "weight": source.weight}
-                for manifest, source in zip(self.manifests, self.sources, strict=True)
-            ],
-        }
 
 
 class BatchLoader:
@@ -132,7 +31,8 @@ class BatchLoader:
 
     Step `s` of the loader consumes `global_batch_size` sequences; rank r of R gets the r-th part of them, in
     micro-batches in order. `next` gives `(inputs, labels)`, int64 [micro_batch_size, sequence_length] (pinned where
-    there is a CUDA device), None for a column that was not asked for.
+    there is a CUDA device), None for a column that was not asked for. With `document_boundaries`, a third tensor,
+    int32 of the same shape: for each input token the number of its document within the sequence, from 0.
     """
 
     def __init__(
@@ -145,6 +45,7 @@ class BatchLoader:
         data_parallel_size: int,
         position: dict[str, Any] | None = None,
         columns: Columns = "both",
+        document_boundaries: bool = False,
         prefetch: int = 4,
     ) -> None:
         """`position`: where another loader's `position()` left off; its batch sizes and ranks may have been others.
@@ -163,6 +64,7 @@ class BatchLoader:
         self._rank_offset = data_parallel_rank * per_rank
         self._micro_batches_per_step = per_rank // micro_batch_size
         self._columns = columns
+        self._document_boundaries = document_boundaries
         self._first_sample = _samples_consumed(stream, position)
         self._pin = torch.cuda.is_available()
         self._taken = 0
@@ -223,16 +125,32 @@ class BatchLoader:
             step_start += self._global_batch_size
 
     def _read(self, indices: Int64Array) -> Batch:
-        length = self._stream.sequence_length
-        columns: list[torch.Tensor | None] = []
-        for name, shift in (("inputs", 0), ("labels", 1)):
-            if self._columns not in (name, "both"):
-                columns.append(None)
-                continue
-            tensor = torch.empty(len(indices), length, dtype=torch.int64, pin_memory=self._pin)
-            self._stream.fill(indices, tensor.numpy(), shift)
-            columns.append(tensor)
-        return columns[0], columns[1]
+        tokens = self._stream.read(indices)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        batch = [
+            self._tensor(column, torch.int64) if self._columns in (name, "both") else None
+            for name, column in (("inputs", inputs), ("labels", labels))
+        ]
+        if self._document_boundaries:
+            documents = document_numbers(inputs, self._stream.end_of_document_id)
+            batch.append(self._tensor(documents, torch.int32))
+        return tuple(batch)
+
+    def _tensor(self, values: TokenArray | npt.NDArray[np.int32], dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(values.shape, dtype=dtype, pin_memory=self._pin)
+        tensor.numpy()[...] = values
+        return tensor
+
+
+def document_numbers(tokens: TokenArray, end_of_document_id: int) -> npt.NDArray[np.int32]:
+    """For each token of each row, how many documents ended before it in the row: int32, the shape of `tokens`.
+
+    The end-of-document token belongs to the document that it ends.
+    """
+    ends = tokens == end_of_document_id
+    numbers = np.zeros(tokens.shape, dtype=np.int32)
+    np.cumsum(ends[:, :-1], axis=1, out=numbers[:, 1:])
+    return numbers
 
 
 def _samples_consumed(stream: SequenceStream, position: dict[str, Any] | None) -> int:

@@ -1,0 +1,139 @@
+"""`data verify` finds every corruption; the commands say what is wrong in one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_prep.checks import verify
+from data_prep.cli import add_commands
+from data_prep.errors import DepthpipeError
+from data_prep.manifest import Manifest
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(dataset, tmp_path / "copy")
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers(required=True))
+    args = parser.parse_args(arguments)
+    return args.run(args)
+
+
+def test_any_flipped_byte_is_found(copy: Path, rng: random.Random) -> None:
+    shards = sorted((copy / "shards").iterdir())
+    for _ in range(25):
+        path = rng.choice(shards)
+        data = bytearray(path.read_bytes())
+        place = rng.randrange(len(data))
+        data[place] ^= 1 << rng.randrange(8)
+        sound = path.read_bytes()
+        path.write_bytes(data)
+        assert verify(copy) == [f"{path}: SHA-256 differs from the manifest's"]
+        path.write_bytes(sound)
+    assert verify(copy) == []
+
+
+def test_missing_extra_short_and_exchanged_shards_are_found(copy: Path) -> None:
+    first, second = sorted((copy / "shards").iterdir())[:2]
+    sound = first.read_bytes()
+    first.unlink()
+    assert verify(copy) == [f"{first}: missing"]
+    first.write_bytes(sound[:-1])
+    assert verify(copy) == [f"{first}: {len(sound) - 1} bytes, the manifest says {len(sound)}"]
+    first.write_bytes(second.read_bytes())
+    assert len(verify(copy)) == 1 and verify(copy)[0].startswith(str(first))
+    first.write_bytes(sound)
+    extra = copy / "shards" / "000099.tar"
+    extra.write_bytes(sound)
+    assert verify(copy) == [f"{extra}: not in the manifest"]
+
+
+@pytest.mark.parametrize("count", ["tokens", "documents"])
+def test_wrong_counts_in_the_manifest_are_found(count: str, copy: Path) -> None:
+    path = copy / "manifest.json"
+    content = json.loads(path.read_text())
+    content[count] += 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(DepthpipeError, match=f"{count} is not the sum over its shards"):
+        verify(copy)
+    content["shards"][0][count] += 1  # consistent in itself, but not with the shard
+    path.write_text(json.dumps(content))
+    assert len(verify(copy)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot read the manifest"),
+        ('{"format_version": 99}', "format version 99, this depthpipe reads 1"),
+        ("[]", "format version None"),
+        ('{"format_version": 1, "shards": [{}]}', "damaged manifest"),
+    ],
+)
+def test_a_damaged_manifest_is_named(content: str, message: str, copy: Path) -> None:
+    (copy / "manifest.json").write_text(content)
+    with pytest.raises(DepthpipeError, match=message):
+        Manifest.load(copy)
+
+
+def test_another_tokenizer_beside_the_shards_is_found(copy: Path) -> None:
+    path = copy / "tokenizer.model"
+    path.write_bytes(path.read_bytes() + b"\x12\x00")
+    (problem,) = verify(copy)
+    assert "not the tokenizer of the shards" in problem
+
+
+def test_the_commands_make_check_and_show_a_dataset(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = str(tmp_path / "t.model"), str(tmp_path / "data")
+    source = [str(corpus / "json"), "--include", "*.py", "--exclude", "tool.py"]
+    assert run("tokenizer", "train", *source, "--out", model, "--vocab-size", "600") == 0
+    tokenize = ("tokenize", *source, "--tokenizer", model, "--out", out, "--workers", "2")
+    for part in ("1/2", "2/2"):
+        assert run(*tokenize, "--part", part) == 0
+        assert f"part {part[0]} of 2; after all parts: depthpipe data merge {out}" in capsys.readouterr().out
+    assert run("data", "merge", out) == 0
+    assert run(*tokenize) == 0
+    assert "reused" in capsys.readouterr().out
+    assert run("data", "verify", out) == 0
+    assert run("data", "inspect", out, "--samples", "1") == 0
+    shown = capsys.readouterr().out
+    assert "every shard is as it was written" in shown
+    assert "4 documents" in shown and "bytes per token" in shown and "--- sample 1" in shown
+    (tmp_path / "data" / "shards" / "000000.tar").write_bytes(b"x")
+    with pytest.raises(DepthpipeError, match="1 problem found"):
+        run("data", "verify", out)
+
+
+def test_counts_of_what_was_left_out_are_printed(
+    tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": ""}\nbroken\n{"text": "\xff"}\n')
+    arguments = ("tokenize", str(tmp_path), "--tokenizer", str(tokenizer_path), "--out", str(tmp_path / "out"))
+    with pytest.raises(DepthpipeError, match=r"a\.jsonl:3: not valid JSON: mend it, or go on without it"):
+        run(*arguments)
+    shutil.rmtree(tmp_path / "out")
+    assert run(*arguments, "--skip-bad") == 0
+    shown = capsys.readouterr().out
+    assert "2 documents" in shown
+    assert "1 empty documents left out" in shown
+    assert "1 bytes that are not UTF-8" in shown
+    assert "1 lines or rows skipped" in shown and "a.jsonl:3: not valid JSON" in shown
+
+
+@pytest.mark.parametrize("arguments", [("--workers", "0"), ("--part", "3/2"), ("--validation-fraction", "1")])
+def test_arguments_out_of_range_are_refused(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run("tokenize", "x", "--tokenizer", "t", "--out", "o", *arguments)
+    assert exit_info.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
