@@ -14,10 +14,11 @@ help:
 
 # The corpus is always there: the source code of this Python's standard library.
 quickstart: STDLIB = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-quickstart: CODE = $(STDLIB) --include '*.py' --exclude test --exclude tests --exclude idle_test --exclude site-packages
+quickstart: CODE = $(STDLIB) --include '*.py' --exclude test --exclude tests --exclude idle_test --exclude site-packages \
+	--exclude encodings --exclude pydoc_data
 quickstart: $(INSTALLED)
 	$(BIN)/depthpipe tokenizer train $(CODE) --out $(DATA)/tokenizer.model --vocab-size 4096
-	$(BIN)/depthpipe tokenize $(CODE) --tokenizer $(DATA)/tokenizer.model --out $(DATA) --validation-fraction 0.02
+	$(BIN)/depthpipe tokenize $(CODE) --tokenizer $(DATA)/tokenizer.model --out $(DATA) --validation-fraction 0.05
 	$(BIN)/depthpipe train configs/quickstart.yaml
 	$(BIN)/depthpipe monitor runs/quickstart --once
 	$(BIN)/depthpipe generate runs/quickstart --prompt 'def ' --max-tokens 150

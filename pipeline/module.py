@@ -46,7 +46,7 @@ class DepthPipelineModule(PipelineModule):
 
     def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         entering = inputs if isinstance(inputs, Tensor) else DepthBuffer.from_tensors(inputs)
-        leaving = forward_layers(self.forward_funcs, entering)
+        leaving = forward_layers(self.forward_funcs, entering, checkpoint=self.checkpoint_layers)
         return leaving.tensors() if isinstance(leaving, DepthBuffer) else leaving
 
     @property

@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -78,6 +79,7 @@ def _serve(connection: Connection) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     log = tempfile.TemporaryFile()  # noqa: SIM115 - DeepSpeed prints a great deal
     os.dup2(log.fileno(), 1)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about calls that DeepSpeed makes
     import torch
 
     torch.set_num_threads(1)

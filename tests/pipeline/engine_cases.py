@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.language_model import LanguageModel
+from model.layers import build_layer
 from model.loss import cross_entropy
 from pipeline.config import Config, DataSection, OptimizerSection, ParallelSection, RunSection, TrainSection
 
@@ -70,12 +71,16 @@ class Batches:
 
 def start(config: Config) -> Any:
     """An engine whose depth queries are not zero: zero queries hide faults of the read."""
+    import pipeline.module
     from pipeline.runtime import start_engine
 
-    engine = start_engine(config)
-    for index, layer in engine.module.held_layers():
+    def build_with_queries(model: ModelConfig, index: int, seed: int) -> torch.nn.Module:
+        layer = build_layer(model, index, seed)
         set_queries(layer, index)
-    return engine
+        return layer
+
+    pipeline.module.build_layer = build_with_queries  # before the optimizer copies the weights
+    return start_engine(config)
 
 
 def set_queries(layer: torch.nn.Module, index: int) -> None:
@@ -114,6 +119,41 @@ def gradients_before_step(config: Config) -> tuple[float, dict[str, Tensor], int
     engine._take_model_step = keep_gradients
     loss = engine.train_batch(Batches(config))
     return float(loss), found, engine.transport_bytes_sent
+
+
+def validation_losses(config: Config) -> list[float]:
+    """Validation loss before, between and after two training steps, and the training losses."""
+    engine = start(config)
+    training, found = Batches(config), []
+    for _ in range(2):
+        found += [float(engine.eval_batch(Batches(config, seed=9))), float(engine.train_batch(training))]
+    return [*found, float(engine.eval_batch(Batches(config, seed=9)))]
+
+
+def with_fault(config: Config, fault: str) -> str:
+    """One step in which stage 1 does something wrong at its hop to stage 0; returns what this rank raises."""
+    engine = start(config)
+    if engine.stage_id == 1:
+        sender = engine._stages[0].gradients_out
+        send = sender.send
+
+        def faulty(tensors: list[Tensor]) -> None:
+            wrong: dict[str, list[Tensor | None]] = {
+                "dropped": [None, *tensors[1:]],
+                "shape": [tensors[0][:, :-1], *tensors[1:]],
+                "dtype": [tensors[0].double(), *tensors[1:]],
+                "count": tensors[:-1],
+            }
+            send(wrong[fault])
+
+        sender.send = faulty
+    try:
+        engine.train_batch(Batches(config))
+    except Exception as error:
+        # Leave at once, as a worker of a run does: the neighbours see the connection close.
+        torch.distributed.destroy_process_group()
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def losses_of_steps(config: Config, steps: int) -> list[tuple[float, float]]:

@@ -13,6 +13,8 @@ from tests.pipeline.engine_cases import (
     gradients_of_plain_model,
     losses_of_steps,
     make_config,
+    validation_losses,
+    with_fault,
 )
 from tests.worker_pool import WorkerPool
 
@@ -82,3 +84,85 @@ def test_losses_and_norms_of_50_steps_are_bit_identical(workers: WorkerPool, tie
     for pipeline in (2, 4):
         for rank_results in workers.run(pipeline, losses_of_steps, make_config(model, pipeline=pipeline), 50):
             assert rank_results == expected
+
+
+@pytest.mark.parametrize("residual", MODELS)
+def test_activation_checkpointing_moves_no_bit(workers: WorkerPool, residual: str) -> None:
+    model = MODELS[residual]
+    loss, expected = workers.run(1, gradients_of_plain_model, make_config(model))[0]
+    for ranks, schedule in ((1, "1f1b"), (3, "1f1b"), (2, "dualpipev")):
+        config = make_config(model, pipeline=ranks, schedule=schedule, activation_checkpointing="layer")
+        cut_loss, found = gather(workers.run(ranks, gradients_before_step, config))
+        assert cut_loss == loss
+        assert_equal_gradients(found, expected)
+
+
+def test_validation_loss_does_not_depend_on_the_cut_and_disturbs_nothing(workers: WorkerPool) -> None:
+    expected = workers.run(1, validation_losses, make_config())[0]
+    assert expected[0] > expected[-1]
+    assert [expected[1], expected[3]] == [loss for loss, _ in workers.run(1, losses_of_steps, make_config(), 2)[0]]
+    for ranks, schedule in ((2, "1f1b"), (4, "1f1b"), (2, "dualpipev")):
+        for found in workers.run(ranks, validation_losses, make_config(pipeline=ranks, schedule=schedule)):
+            assert found == expected
+
+
+def test_data_parallel_with_zero_1_agrees_to_summation_order(workers: WorkerPool) -> None:
+    # Twice the sequences in each step as two replicas of the same micro-batches: gradients are summed over the
+    # replicas by an all-reduce instead of one after the other, and Adam magnifies the difference. 20 steps stay within:
+    relative = 1e-4
+    expected = workers.run(1, losses_of_steps, make_config(micro_batches=12, lr=1e-3), 20)[0]
+    for found in workers.run(4, losses_of_steps, make_config(pipeline=2, data=2, lr=1e-3), 20):
+        assert found[0] == pytest.approx(expected[0], rel=1e-6)  # loss and norm before any update
+        for (loss, _), (expected_loss, _) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=relative)
+
+
+def test_bf16_trains_alike_at_every_cut(workers: WorkerPool) -> None:
+    expected = workers.run(1, losses_of_steps, make_config(precision="bf16", lr=1e-3), 20)[0]
+    assert expected[-1][0] < expected[0][0] - 0.2
+    for ranks, changes in (
+        (3, {}),
+        (2, {"schedule": "dualpipev"}),
+        (4, {"pipeline": 2, "data": 2, "micro_batches": 3}),
+    ):
+        config = make_config(**{"precision": "bf16", "lr": 1e-3, "pipeline": ranks, **changes})
+        for found in workers.run(ranks, losses_of_steps, config, 20):
+            for (loss, _), (expected_loss, _) in zip(found, expected, strict=True):
+                # bf16 has three significant digits; the sums of gradients and norms keep fp32.
+                assert loss == pytest.approx(expected_loss, rel=5e-3)
+
+
+@pytest.mark.parametrize("residual", MODELS)
+def test_every_hop_sends_its_tensors_and_nothing_more(workers: WorkerPool, residual: str) -> None:
+    model = MODELS[residual]
+    config = make_config(model, pipeline=4)
+    sent = [sent for _, _, sent in workers.run(4, gradients_before_step, config)]
+    tensor = 2 * 16 * model.hidden_size * 4  # micro_batch x sequence x hidden x itemsize
+    hops = [config.micro_batches * model.num_sources(layer) * tensor for layer in (1, 2, 3)]
+    # Stage s sends activations over hop s and gradients back over hop s - 1.
+    assert sent == [hops[0], hops[0] + hops[1], hops[1] + hops[2], hops[2]]
+
+
+def test_200_sources_in_4_stages(workers: WorkerPool) -> None:
+    model = dataclasses.replace(MODEL, residual="full", num_hidden_layers=100)
+    assert model.num_sources(100) == 201
+    loss, expected = workers.run(1, gradients_of_plain_model, make_config(model, micro_batches=2))[0]
+    config = make_config(model, pipeline=4, micro_batches=2)
+    cut_loss, found = gather(workers.run(4, gradients_before_step, config))
+    assert cut_loss == loss
+    assert_equal_gradients(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("dropped", "source 0 is missing"),
+        ("shape", "source 0 is (2, 15, 32)"),
+        ("dtype", "torch.float64"),
+        ("count", "1 tensors where the hop carries 2"),
+    ],
+)
+def test_a_fault_at_a_hop_is_loud_and_named(workers: WorkerPool, fault: str, named: str) -> None:
+    first, second = workers.run(2, with_fault, make_config(pipeline=2), fault)
+    assert second.startswith("TransportError: gradients to stage 0, micro-batch 0") and named in second
+    assert first != "nothing"  # the neighbour does not go on with what it has
