@@ -66,6 +66,13 @@ def depth_attention(
     return mean.to(sources[0].dtype)
 
 
+def attention_weights(sources: Sequence[Tensor], key: Tensor, eps: float) -> Tensor:
+    """The softmax weights of a read with `key = depth_key(...)`: `[num_sources, ...]` in fp32, for diagnostics."""
+    norms = [inverse_rms(source, eps).view(source.shape[:-1]) for source in sources]
+    logits = [(source.to(key.dtype) @ key) * norm for source, norm in zip(sources, norms, strict=True)]
+    return torch.stack(logits).softmax(0)
+
+
 def depth_key(query: Tensor, key_gain: Tensor) -> Tensor:
     """`query * key_gain`, the vector that meets a normalised source: `[hidden]`, fp32.
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from model.config import ModelConfig
 from model.depth_buffer import DepthBuffer
+from model.diagnostics import DepthObserver
 from model.sublayers import DepthAttention, RMSNorm
 from model.transformer_layer import TransformerLayer, finished_sources, forward_block
 
@@ -37,9 +38,11 @@ class OutputHead(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config)
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.depth = DepthAttention(config) if config.residual != "standard" else None
+        self.depth = DepthAttention(config, "head") if config.residual != "standard" else None
 
-    def forward(self, buffer: DepthBuffer) -> Tensor:
+    def forward(self, buffer: DepthBuffer, observer: DepthObserver | None = None) -> Tensor:
+        if observer is not None and self.depth is not None:
+            observer.see_read("head", buffer.tensors(), self.depth.key(), self.depth.eps)
         hidden = buffer.partial if self.depth is None else self.depth(buffer)
         return F.linear(self.norm(hidden), self.weight)
 
@@ -66,7 +69,9 @@ def build_layer(config: ModelConfig, index: int, seed: int) -> nn.Module:
     return layer
 
 
-def forward_layers(layers: Sequence[nn.Module], x: Any, checkpoint: bool = False) -> Any:
+def forward_layers(
+    layers: Sequence[nn.Module], x: Any, checkpoint: bool = False, observer: DepthObserver | None = None
+) -> Any:
     """Run consecutive layers on `x`: token ids, or the depth buffer at the first one's entrance.
 
     Returns what the last one returns. Result and gradients are the same to the last bit however a model's layers are
@@ -74,15 +79,17 @@ def forward_layers(layers: Sequence[nn.Module], x: Any, checkpoint: bool = False
 
     checkpoint: keep, of every transformer layer, only the partial at its entrance, and run the layer again in the
     backward pass. The finished sources are kept once, as without. Same bits; layers of a block then no longer share a
-    read of the finished sources.
+    read of the finished sources. observer: collects attention weights and magnitudes of this call.
     """
     for group in _groups(layers, checkpoint):
-        if not isinstance(group[0], TransformerLayer):
+        if isinstance(group[0], Embedding):
             x = group[0](x)
+        elif isinstance(group[0], OutputHead):
+            x = group[0](x, observer)
         elif checkpoint:
-            x = _forward_checkpointed(group[0], x)
+            x = _forward_checkpointed(group[0], x, observer)
         else:
-            x = forward_block(group, x)
+            x = forward_block(group, x, observer)
     return x
 
 
@@ -104,12 +111,14 @@ def _groups(layers: Sequence[nn.Module], checkpoint: bool) -> Iterator[list[Any]
         yield group
 
 
-def _forward_checkpointed(layer: TransformerLayer, buffer: DepthBuffer) -> DepthBuffer:
+def _forward_checkpointed(layer: TransformerLayer, buffer: DepthBuffer, observer: DepthObserver | None) -> DepthBuffer:
     # Statistics are computed out here, once: inside, every layer's second run would compute them again.
     statistics = buffer.statistics if layer.residual == "standard" else finished_sources(layer, buffer)[1]
+    observers = [observer]
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return forward_block([layer], DepthBuffer(tensors[:-1], tensors[-1], statistics)).tensors()
+        first_run_only = observers.pop() if observers else None
+        return forward_block([layer], DepthBuffer(tensors[:-1], tensors[-1], statistics), first_run_only).tensors()
 
     tensors = recompute_in_backward(run, *buffer.tensors(), use_reentrant=False, preserve_rng_state=False)
     return DepthBuffer(tensors[:-1], tensors[-1], statistics)

@@ -22,10 +22,14 @@ class RMSNorm(nn.Module):
 
 
 class DepthAttention(nn.Module):
-    """One read of the depth buffer: a learned query and a learned gain on the normalised keys, both `[hidden]`."""
+    """One read of the depth buffer: a learned query and a learned gain on the normalised keys, both `[hidden]`.
 
-    def __init__(self, config: ModelConfig) -> None:
+    name: what diagnostics call this read.
+    """
+
+    def __init__(self, config: ModelConfig, name: str) -> None:
         super().__init__()
+        self.name = name
         # Zero queries weigh all sources alike; anything else upsets early training (paper section 5).
         self.query = nn.Parameter(torch.zeros(config.hidden_size))
         self.key_gain = nn.Parameter(torch.ones(config.hidden_size))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.depth_attention import merge_partial, read_finished
 from model.depth_buffer import DepthBuffer
+from model.diagnostics import DepthObserver
 from model.sublayers import MLP, DepthAttention, RMSNorm, SelfAttention
 
 
@@ -15,6 +16,7 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
+        self.index = layer_index
         self.residual = config.residual
         self.is_block_start = config.is_block_start(layer_index)
         self.input_layernorm = RMSNorm(config)
@@ -22,8 +24,8 @@ class TransformerLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
         if config.residual != "standard":
-            self.attention_depth = DepthAttention(config)
-            self.mlp_depth = DepthAttention(config)
+            self.attention_depth = DepthAttention(config, f"{layer_index}.attention")
+            self.mlp_depth = DepthAttention(config, f"{layer_index}.mlp")
 
     def forward(self, buffer: DepthBuffer) -> DepthBuffer:
         return forward_block([self], buffer)
@@ -39,38 +41,28 @@ class TransformerLayer(nn.Module):
         return output
 
 
-def forward_block(layers: Sequence[TransformerLayer], buffer: DepthBuffer) -> DepthBuffer:
+def forward_block(
+    layers: Sequence[TransformerLayer], buffer: DepthBuffer, observer: DepthObserver | None = None
+) -> DepthBuffer:
     """Run consecutive layers, of which only the first may start a block; with `full`, one layer.
 
     The finished sources do not change inside a block, so one pass over them serves the queries of all its sublayers
     (phase one of the paper's section 4.2), and each sublayer merges the partial with its share (phase two). With `full`
     the two reads of a layer share a pass, and the second one merges what the attention gave.
     """
-    first = layers[0]
-    if first.residual == "standard":
-        return _forward_standard(layers, buffer)
+    if layers[0].residual == "standard":
+        return _forward_standard(layers, buffer, observer)
 
-    sources, statistics = finished_sources(first, buffer)
-    partial = None if first.is_block_start else buffer.partial
-    keys = [depth.key() for layer in layers for depth in (layer.attention_depth, layer.mlp_depth)]
-    reads, sources = read_finished(sources, statistics, keys)
-    pending = zip(reads, keys, strict=True)
+    block = _Block(layers, buffer, observer)
     for layer in layers:
-        (mean, scalars), key = next(pending)
-        if partial is None:
-            partial = layer.attend(mean.to(sources[0].dtype))
-        else:
-            hidden, partial = merge_partial(mean, scalars, partial, layer.attention_depth.statistic(partial), key)
-            partial = partial + layer.attend(hidden)
-        (mean, scalars), key = next(pending)
-        statistic = layer.mlp_depth.statistic(partial)
-        hidden, partial = merge_partial(mean, scalars, partial, statistic, key)
-        transformed = layer.transform(hidden)
+        block.add(layer.attend(block.read()))
+        hidden = block.read()
         if layer.residual == "full":
-            return DepthBuffer((*sources, partial), transformed, (*statistics, statistic))
-        partial = partial + transformed
-    assert partial is not None, "a block has at least one layer"
-    return DepthBuffer(sources, partial, statistics)
+            block.commit_partial()
+        block.add(layer.transform(hidden))
+        if observer is not None:
+            observer.see_output(layer.index, block.buffer().partial)
+    return block.buffer()
 
 
 def finished_sources(layer: TransformerLayer, buffer: DepthBuffer) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -80,9 +72,51 @@ def finished_sources(layer: TransformerLayer, buffer: DepthBuffer) -> tuple[tupl
     return sources, (*buffer.statistics, *(layer.attention_depth.statistic(source) for source in unknown))
 
 
-def _forward_standard(layers: Sequence[TransformerLayer], buffer: DepthBuffer) -> DepthBuffer:
+class _Block:
+    """A block, or the part of one that is at hand, under way. On creation the finished sources are read for all."""
+
+    def __init__(self, layers: Sequence[TransformerLayer], buffer: DepthBuffer, observer: DepthObserver | None) -> None:
+        sources, self.statistics = finished_sources(layers[0], buffer)
+        self.partial = None if layers[0].is_block_start else buffer.partial
+        depths = [depth for layer in layers for depth in (layer.attention_depth, layer.mlp_depth)]
+        keys = [depth.key() for depth in depths]
+        reads, self.sources = read_finished(sources, self.statistics, keys)
+        self.pending = zip(depths, keys, reads, strict=True)
+        self.observer = observer
+
+    def read(self) -> Tensor:
+        """What the next sublayer works on: its share of the finished sources, merged with the partial."""
+        depth, key, (mean, scalars) = next(self.pending)
+        if self.observer is not None:
+            sources = self.sources if self.partial is None else (*self.sources, self.partial)
+            self.observer.see_read(depth.name, sources, key, depth.eps)
+        if self.partial is None:
+            return mean.to(self.sources[0].dtype)
+        self.partial_statistic = depth.statistic(self.partial)
+        hidden, self.partial = merge_partial(mean, scalars, self.partial, self.partial_statistic, key)
+        return hidden
+
+    def add(self, output: Tensor) -> None:
+        self.partial = output if self.partial is None else self.partial + output
+
+    def commit_partial(self) -> None:
+        """Make the partial, which was just read, a finished source."""
+        assert self.partial is not None
+        self.sources, self.partial = (*self.sources, self.partial), None
+        self.statistics = (*self.statistics, self.partial_statistic)
+
+    def buffer(self) -> DepthBuffer:
+        assert self.partial is not None
+        return DepthBuffer(self.sources, self.partial, self.statistics)
+
+
+def _forward_standard(
+    layers: Sequence[TransformerLayer], buffer: DepthBuffer, observer: DepthObserver | None
+) -> DepthBuffer:
     hidden = buffer.partial
     for layer in layers:
         hidden = hidden + layer.attend(hidden)
         hidden = hidden + layer.transform(hidden)
+        if observer is not None:
+            observer.see_output(layer.index, hidden)
     return DepthBuffer((), hidden)
