@@ -81,12 +81,13 @@ class _Block:
         depths = [depth for layer in layers for depth in (layer.attention_depth, layer.mlp_depth)]
         keys = [depth.key() for depth in depths]
         reads, self.sources = read_finished(sources, self.statistics, keys)
-        self.pending = zip(depths, keys, reads, strict=True)
+        # Taken from the end and forgotten: a finished read that was merged has no other use.
+        self.pending = [*zip(depths, keys, reads, strict=True)][::-1]
         self.observer = observer
 
     def read(self) -> Tensor:
         """What the next sublayer works on: its share of the finished sources, merged with the partial."""
-        depth, key, (mean, scalars) = next(self.pending)
+        depth, key, (mean, scalars) = self.pending.pop()
         if self.observer is not None:
             sources = self.sources if self.partial is None else (*self.sources, self.partial)
             self.observer.see_read(depth.name, sources, key, depth.eps)
