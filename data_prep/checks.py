@@ -107,7 +107,7 @@ def statistics(directory: str | Path, samples: int = 3) -> Statistics:
         shard = math.floor((number + 0.5) / samples * len(manifest.shards))
         reader = manifest.open_shard(shard)
         tokens = np.empty(min(SAMPLE_TOKENS, reader.tokens), dtype=manifest.numpy_dtype)
-        reader.read((reader.tokens - len(tokens)) // 2, tokens)
+        reader.read((reader.tokens - len(tokens)) // 2, tokens.data.cast("B"))
         texts.append(tokenizer.decode(tokens.tolist()))
     return Statistics(manifest, dict(sorted(histogram.items())), longest, texts)
 

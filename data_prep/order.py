@@ -8,6 +8,7 @@ enough that reading on from any position opens only the shards of that window.
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +46,11 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """Blocks in the order of one epoch, and how many of the epoch's sequences lie before each window and block."""
+    """Blocks in the order of one epoch, and how they are grouped into windows."""
 
     blocks: Int64Array
-    sequences_before_block: Int64Array  # [blocks + 1], in epoch order
-    first_block_of_window: Int64Array  # [windows + 1], places in `blocks`
+    first_block_of_window: list[int]  # [windows + 1], places in `blocks`
+    sequences_before_window: list[int]  # [windows], in the epoch
 
 
 class DatasetOrder:
@@ -75,24 +76,22 @@ class DatasetOrder:
 
     def starts(self, indices: Int64Array) -> Int64Array:
         """Token offsets in the dataset where sequences `indices` of the stream start; int64, same shape."""
-        starts = np.empty_like(indices)
-        epochs, places = np.divmod(indices, self.sequences_per_epoch)
-        for epoch in np.unique(epochs):
-            layout = self._epoch(int(epoch))
-            in_epoch = epochs == epoch
-            window_start = layout.sequences_before_block[layout.first_block_of_window]
-            windows = np.searchsorted(window_start, places, side="right") - 1
-            for window in np.unique(windows[in_epoch]):
-                chosen = in_epoch & (windows == window)
-                starts[chosen] = self._window(int(epoch), int(window))[places[chosen] - window_start[window]]
-        return starts
+        first, last = int(indices.min()), int(indices.max())
+        epoch, window = self.window_of(first)
+        begin = epoch * self.sequences_per_epoch + self._epoch(epoch).sequences_before_window[window]
+        starts = self._window(epoch, window)
+        if last < begin + len(starts):
+            return starts[indices - begin]
+        inside = indices < begin + len(starts)
+        result = np.empty_like(indices)
+        result[inside] = starts[indices[inside] - begin]
+        result[~inside] = self.starts(indices[~inside])
+        return result
 
     def window_of(self, index: int) -> tuple[int, int]:
         """Epoch and window to which sequence `index` belongs."""
         epoch, place = divmod(index, self.sequences_per_epoch)
-        layout = self._epoch(epoch)
-        window_start = layout.sequences_before_block[layout.first_block_of_window]
-        return epoch, int(np.searchsorted(window_start, place, side="right")) - 1
+        return epoch, bisect_right(self._epoch(epoch).sequences_before_window, place) - 1
 
     def window_after(self, epoch: int, window: int) -> tuple[int, int]:
         """The window that is read next."""
@@ -112,7 +111,7 @@ class DatasetOrder:
         windows = max(1, round(self.sequences_per_epoch / self._window_sequences))
         bounds = np.arange(windows + 1) * self.sequences_per_epoch // windows
         first_block = np.unique(np.searchsorted(before, bounds))
-        return _Epoch(blocks, before, first_block)
+        return _Epoch(blocks, first_block.tolist(), before[first_block[:-1]].tolist())
 
     def _make_window(self, epoch: int, window: int) -> Int64Array:
         layout = self._epoch(epoch)

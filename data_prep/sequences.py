@@ -111,19 +111,15 @@ class SequenceStream:
         out = np.empty((len(indices), self.sequence_length + 1), dtype=self.manifests[0].numpy_dtype)
         sources, places = self._mixture.assign(indices)
         for number, dataset in enumerate(self._datasets):
-            (rows,) = np.nonzero(sources == number)
+            rows = np.arange(len(indices)) if len(self._datasets) == 1 else np.flatnonzero(sources == number)
             if not len(rows):
                 continue
-            starts = dataset.starts(places[rows])
-            for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
-                try:
-                    dataset.read(start, out[row])
-                except DamagedShardError as error:
-                    if self._on_bad_shard == "error":
-                        raise
-                    self._read_next_sound(dataset, int(places[row]), out[row], error)
-                    self.skipped.append(int(indices[row]))
-                    logger.warning("sequence %d skipped, the next sound one read in its place: %s", indices[row], error)
+            for row, error in dataset.read(places[rows], out, rows):
+                if self._on_bad_shard == "error":
+                    raise error
+                self._read_next_sound(dataset, int(places[row]), out[row : row + 1], error)
+                self.skipped.append(int(indices[row]))
+                logger.warning("sequence %d skipped, the next sound one read in its place: %s", indices[row], error)
         return out
 
     def identity(self) -> dict[str, Any]:
@@ -140,11 +136,8 @@ class SequenceStream:
     @staticmethod
     def _read_next_sound(dataset: _Dataset, place: int, out: TokenArray, error: DamagedShardError) -> None:
         for other in range(place + 1, place + 1 + dataset.order.sequences_per_epoch):
-            try:
-                dataset.read(int(dataset.starts(np.array([other]))[0]), out)
+            if not dataset.read(np.array([other]), out, np.array([0])):
                 return
-            except DamagedShardError:
-                continue
         raise error
 
 
@@ -166,34 +159,57 @@ class _Dataset:
         self._window: tuple[int, int] | None = None
         self._bad: dict[int, DamagedShardError] = {}  # shards that could not be opened
         self._shard_starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.manifest.shards])])
+        self._shard_bounds: list[int] = self._shard_starts.tolist()
+        self._itemsize = self.manifest.numpy_dtype.itemsize
         self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._open_shard)
 
-    def starts(self, places: Int64Array) -> Int64Array:
-        """Token offsets of the sequences at `places` of this dataset's order; has remote shards fetched in advance."""
+    def read(self, places: Int64Array, out: TokenArray, rows: Int64Array) -> list[tuple[int, DamagedShardError]]:
+        """Read the sequences at `places` of this dataset's order into `rows` of `out`; returns the rows that failed."""
         if self._remote:
-            window = self.order.window_of(int(places[0]))
-            if window != self._window:
-                self._window = window
-                after = self.order.window_after(*window)
-                self._remote.prefetch(self.order.shards_of(*window) + self.order.shards_of(*after))
-        return self.order.starts(places)
+            self._fetch_in_advance(self._remote, int(places[0]))
+        starts = self.order.starts(places)
+        shards = np.searchsorted(self._shard_starts, starts, side="right") - 1
+        memory = out.data.cast("B")
+        row_bytes = out.shape[1] * out.itemsize
+        failed: dict[int, DamagedShardError] = {}
+        for row, start, shard in zip(rows.tolist(), starts.tolist(), shards.tolist(), strict=True):
+            try:
+                self._read_tokens(start, shard, memory[row * row_bytes : (row + 1) * row_bytes])
+            except DamagedShardError as error:
+                failed[row] = error
+        if int(out.max()) >= self.manifest.vocab_size:
+            for row, start, shard in zip(rows.tolist(), starts.tolist(), shards.tolist(), strict=True):
+                if row not in failed and int(out[row].max()) >= self.manifest.vocab_size:
+                    failed[row] = self._foreign_token(start, shard, out[row])
+        return list(failed.items())
 
-    def read(self, start: int, out: TokenArray) -> None:
-        """Copy tokens `start : start + len(out)` into `out`. Raises DamagedShardError."""
-        shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
-        done = 0
-        while done < len(out):
-            first = start + done - int(self._shard_starts[shard])
-            count = min(len(out) - done, int(self._shard_starts[shard + 1]) - (start + done))
-            part = out[done : done + count]
-            self._open(shard).read(first, part)
-            if int(part.max()) >= self.manifest.vocab_size:
-                file = self.manifest.directory / self.manifest.shards[shard].file
-                raise DamagedShardError(
-                    f"{file}: damaged shard (a token id beyond the vocabulary): restore it or tokenize again"
-                )
-            done += count
+    def _read_tokens(self, start: int, shard: int, out: memoryview) -> None:
+        """Fill `out` with tokens from `start` on, which lies in `shard`; sequences may cross shards."""
+        bounds, itemsize = self._shard_bounds, self._itemsize
+        while True:
+            size = min(len(out), (bounds[shard + 1] - start) * itemsize)
+            self._open(shard).read(start - bounds[shard], out[:size])
+            if size == len(out):
+                return
+            out = out[size:]
             shard += 1
+            start = bounds[shard]
+
+    def _foreign_token(self, start: int, shard: int, tokens: TokenArray) -> DamagedShardError:
+        place = start + int(np.argmax(tokens >= self.manifest.vocab_size))
+        while place >= self._shard_bounds[shard + 1]:
+            shard += 1
+        file = self.manifest.directory / self.manifest.shards[shard].file
+        return DamagedShardError(
+            f"{file}: damaged shard (a token id beyond the vocabulary): restore it or tokenize again"
+        )
+
+    def _fetch_in_advance(self, remote: RemoteDataset, place: int) -> None:
+        window = self.order.window_of(place)
+        if window != self._window:
+            self._window = window
+            after = self.order.window_after(*window)
+            remote.prefetch(self.order.shards_of(*window) + self.order.shards_of(*after))
 
     def _open_shard(self, shard: int) -> ShardReader:
         if shard in self._bad:

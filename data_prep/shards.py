@@ -138,6 +138,7 @@ class ShardReader:
         self.path = path
         self.tokens = tokens
         self._dtype = dtype
+        self._itemsize = dtype.itemsize
         self._chunk_tokens = chunk_tokens
         self._member_bytes = member_bytes(chunk_tokens, dtype.itemsize)
         self._file = -1
@@ -159,29 +160,30 @@ class ShardReader:
         if self._file >= 0:
             os.close(self._file)
 
-    def read(self, start: int, out: npt.NDArray[np.unsignedinteger]) -> None:
-        """Copy tokens `start : start + len(out)` of the shard into `out`, contiguous and of the shard's dtype.
+    def read(self, start: int, out: memoryview) -> None:
+        """Copy tokens from `start` on into `out`, which is bytes, as many as it holds.
 
         Raises DamagedShardError when the file gives them no longer.
         """
+        itemsize = self._itemsize
         done = 0
         while done < len(out):
-            chunk, offset = divmod(start + done, self._chunk_tokens)
-            count = min(len(out) - done, self._chunk_tokens - offset)
-            position = chunk * self._member_bytes + TAR_BLOCK + NPY_HEADER_BYTES + offset * self._dtype.itemsize
+            chunk, offset = divmod(start + done // itemsize, self._chunk_tokens)
+            size = min(len(out) - done, (self._chunk_tokens - offset) * itemsize)
+            position = chunk * self._member_bytes + TAR_BLOCK + NPY_HEADER_BYTES + offset * itemsize
             try:
-                size = os.preadv(self._file, [out[done : done + count].data], position)
+                read = os.preadv(self._file, [out[done : done + size]], position)
             except OSError as error:
                 raise self._damaged(error.strerror) from None
-            if size != count * self._dtype.itemsize:
+            if read != size:
                 raise self._damaged("it became shorter while it was open")
-            done += count
+            done += size
 
     def chunks(self) -> Iterator[npt.NDArray[np.unsignedinteger]]:
         """The token chunks in order."""
         for start in range(0, self.tokens, self._chunk_tokens):
             chunk = np.empty(min(self._chunk_tokens, self.tokens - start), dtype=self._dtype)
-            self.read(start, chunk)
+            self.read(start, chunk.data.cast("B"))
             yield chunk
 
     def _damaged(self, reason: str | None) -> DamagedShardError:

@@ -5,6 +5,7 @@ The only file of data_prep that imports torch.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -24,6 +25,7 @@ __all__ = ["BatchLoader", "DatasetSource", "SequenceStream"]
 Columns = Literal["inputs", "labels", "both"]
 Batch = tuple[torch.Tensor | None, ...]
 POSITION_VERSION = 1
+READ_TOKENS = 1 << 17
 
 
 class BatchLoader:
@@ -101,31 +103,42 @@ class BatchLoader:
 
     def _read_ahead(self) -> None:
         try:
-            for indices in self._micro_batch_indices():
-                batch = self._read(indices)
-                while not self._stop.is_set():
-                    try:
-                        self._queue.put(batch, timeout=0.5)
-                        break
-                    except queue.Full:
-                        continue
-                if self._stop.is_set():
+            for batch in self._micro_batches():
+                if not self._put(batch):
                     return
         except BaseException as error:
-            self._queue.put(error)
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException) -> bool:
+        """Wait for room in the queue; False when the loader was closed meanwhile."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.5)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        """Small micro-batches are read several at once, for a call costs as much as reading tens of sequences."""
+        at_once = max(1, READ_TOKENS // (self._micro_batch_size * self._stream.sequence_length))
+        indices = self._micro_batch_indices()
+        while True:
+            several = list(itertools.islice(indices, at_once))
+            tokens = self._stream.read(np.concatenate(several))
+            for first in range(0, len(tokens), self._micro_batch_size):
+                yield self._batch(tokens[first : first + self._micro_batch_size])
 
     def _micro_batch_indices(self) -> Iterator[Int64Array]:
         step_start = self._first_sample
         while True:
             first = step_start + self._rank_offset
             for micro_batch in range(self._micro_batches_per_step):
-                yield first + np.arange(
-                    micro_batch * self._micro_batch_size, (micro_batch + 1) * self._micro_batch_size
-                )
+                start = first + micro_batch * self._micro_batch_size
+                yield np.arange(start, start + self._micro_batch_size)
             step_start += self._global_batch_size
 
-    def _read(self, indices: Int64Array) -> Batch:
-        tokens = self._stream.read(indices)
+    def _batch(self, tokens: TokenArray) -> Batch:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         batch = [
             self._tensor(column, torch.int64) if self._columns in (name, "both") else None

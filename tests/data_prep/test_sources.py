@@ -166,7 +166,7 @@ def test_a_damaged_shard_is_named_or_skipped_without_moving_the_others(
     assert 0 < skipped.sum() < count / 4
     assert len(caplog.records) == skipped.sum() == len(stream.skipped)
     assert (got[~skipped] == expected[~skipped]).all()
-    starts = sound._datasets[0].starts(np.arange(count))
+    starts = sound._datasets[0].order.starts(np.arange(count))
     bounds = sound._datasets[0]._shard_starts
     touches = (starts < bounds[bad + 1]) & (starts + LENGTH >= bounds[bad])
     assert (skipped <= touches).all() and (damage == "ids" or (skipped == touches).all())
