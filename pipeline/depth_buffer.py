@@ -122,7 +122,10 @@ class Receiver:
         works, buffer = self._posted.popleft()
         start = time.perf_counter()
         for work in works:
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise TransportError(f"{self.name}: lost rank {self.peer} ({str(error).splitlines()[0]})") from error
         self.wait_seconds += time.perf_counter() - start
         return _slices(buffer)
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 
 from model.layers import no_weight_decay
@@ -139,16 +140,45 @@ def _init_process_group(config: Config) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=config.parallel.timeout_s)
+    store = _meet(rank, world_size, timeout)
+    backend = "nccl" if accelerated else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     import deepspeed.ops
 
     # An optional all-reduce for CPUs that DeepSpeed would compile now, for a minute, and wait for ever if another
     # process was killed while it compiled.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if accelerated else "gloo",
-        timeout=timedelta(seconds=config.parallel.timeout_s),
-        verbose=False,
-    )
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The store that the ranks share, when all of them are there. Raises ConfigError that names those that are not."""
+    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        tcp = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=rank == 0 and not agent_serves,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError):
+        raise ConfigError(f"rank 0 did not answer at {address} within {timeout}; is it started there?") from None
+    store = dist.PrefixStore(f"depthpipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+    store.set(f"rank/{rank}", "here")
+    keys = [f"rank/{other}" for other in range(world_size)]
+    try:
+        store.wait(keys, timeout)
+    except dist.DistStoreError:
+        missing = [other for other in range(world_size) if not store.check([keys[other]])]
+        raise ConfigError(
+            f"rank {', '.join(map(str, missing))} of {world_size} did not start within {timeout} "
+            "(parallel.timeout_s); look at what its machine printed"
+        ) from None
+    return store
 
 
 def _optimizer(config: Config, module: torch.nn.Module) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -37,28 +38,23 @@ def run_worker(config: Config) -> None:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     rank = int(os.environ["RANK"])
+    log = Path(config.run.dir) / "logs" / f"rank-{rank}.log"
     errors = get_error_handler()
     errors.initialize()
     end_with_parent()
+    console = _redirect_output(log)
     try:
         check_processes(config, int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        run_dir = Path(config.run.dir)
-        console = _redirect_output(run_dir / "logs" / f"rank-{rank}.log")
         if rank == 0:
-            (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            # A run is whole without its dataset: what generates text needs the tokenizer.
-            shutil.copyfile(
-                Manifest.load(config.data.train_datasets()[0].path).tokenizer_path, run_dir / TOKENIZER_FILE
-            )
+            _describe_run(config)
         train(config, console)
     except Exception as error:
         errors.record_exception(error)
+        traceback.print_exc()
         wrong_input = isinstance(error, DepthpipeError)
         if WORKER_PARENT not in os.environ:  # otherwise the parent prints what was recorded
-            print(f"depthpipe: rank {rank}: {error}", file=sys.__stderr__ if wrong_input else console)
-        if not wrong_input:
-            sys.excepthook(type(error), error, error.__traceback__)
-        sys.stderr.flush()
+            line = f"error: {error}" if wrong_input else f"rank {rank} failed: {error!r}; its log is {log}"
+            print(f"depthpipe: {line}", file=console, flush=True)
         os._exit(EXIT_WRONG_INPUT if wrong_input else 1)  # a process group that has lost a rank can hang in its exit
     dist.destroy_process_group()
 
@@ -167,13 +163,23 @@ def _stream(config: Config, datasets: list[WeightedDataset]) -> SequenceStream:
     return SequenceStream(sources, config.data.sequence_length, config.run.seed)
 
 
+def _describe_run(config: Config) -> None:
+    """Leave in the run directory what later commands need to know of the run: its configuration and tokenizer."""
+    run_dir = Path(config.run.dir)
+    (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    shutil.copyfile(Manifest.load(config.data.train_datasets()[0].path).tokenizer_path, run_dir / TOKENIZER_FILE)
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
 def _redirect_output(log: Path) -> TextIO:
     """Send this process's stdout and stderr to `log`; returns what stdout was, for the lines that people read."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DepthpipeError(f"run.dir: {log.parent} cannot be written ({error.strerror})") from None
     console = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()

@@ -210,3 +210,13 @@ def test_run_directory_is_self_contained(trained: Path) -> None:
     }
     state = json.loads((trained / "checkpoints" / "step-00000020" / "state.json").read_text())
     assert state["step"] == STEPS
+
+
+def test_a_rank_that_never_starts_is_named(write_config: Any) -> None:
+    config = write_config(parallel={"pipeline": 2, "timeout_s": 3})
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    command = [sys.executable, "-m", "pipeline", "launch", str(config)]
+    environment = {**ENVIRONMENT, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29561"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "rank 1 of 2 did not start" in done.stdout + done.stderr
