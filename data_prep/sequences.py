@@ -17,7 +17,7 @@ from data_prep.manifest import Manifest
 from data_prep.mixture import Mixture
 from data_prep.order import WINDOW_TOKENS, DatasetOrder, Int64Array
 from data_prep.remote import RemoteDataset, is_remote
-from data_prep.shards import DamagedShardError, ShardReader
+from data_prep.shards import DATA_OFFSET, DamagedShardError, ShardReader, member_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -169,19 +169,34 @@ class _Dataset:
             self._fetch_in_advance(self._remote, int(places[0]))
         starts = self.order.starts(places)
         shards = np.searchsorted(self._shard_starts, starts, side="right") - 1
+        positions = self._positions(starts, shards, out.shape[1])
         memory = out.data.cast("B")
         row_bytes = out.shape[1] * out.itemsize
         failed: dict[int, DamagedShardError] = {}
-        for row, start, shard in zip(rows.tolist(), starts.tolist(), shards.tolist(), strict=True):
+        located = list(zip(rows.tolist(), starts.tolist(), shards.tolist(), positions.tolist(), strict=True))
+        for row, start, shard, position in located:
+            target = memory[row * row_bytes : (row + 1) * row_bytes]
             try:
-                self._read_tokens(start, shard, memory[row * row_bytes : (row + 1) * row_bytes])
+                if position >= 0:
+                    self._open(shard).read_at(position, target)
+                else:
+                    self._read_tokens(start, shard, target)
             except DamagedShardError as error:
                 failed[row] = error
         if int(out.max()) >= self.manifest.vocab_size:
-            for row, start, shard in zip(rows.tolist(), starts.tolist(), shards.tolist(), strict=True):
+            for row, start, shard, _ in located:
                 if row not in failed and int(out[row].max()) >= self.manifest.vocab_size:
                     failed[row] = self._foreign_token(start, shard, out[row])
         return list(failed.items())
+
+    def _positions(self, starts: Int64Array, shards: Int64Array, count: int) -> Int64Array:
+        """Where in its shard's file each run of `count` tokens lies; -1 for one that crosses chunks or shards."""
+        manifest = self.manifest
+        offsets = starts - self._shard_starts[shards]
+        chunks, places = np.divmod(offsets, manifest.chunk_tokens)
+        positions = chunks * member_bytes(manifest.chunk_tokens, self._itemsize) + DATA_OFFSET + places * self._itemsize
+        whole = (places + count <= manifest.chunk_tokens) & (starts + count <= self._shard_starts[shards + 1])
+        return np.where(whole, positions, -1)
 
     def _read_tokens(self, start: int, shard: int, out: memoryview) -> None:
         """Fill `out` with tokens from `start` on, which lies in `shard`; sequences may cross shards."""

@@ -24,6 +24,7 @@ from data_prep.errors import DepthpipeError
 CHUNK_TOKENS = 65_536
 TAR_BLOCK = 512
 NPY_HEADER_BYTES = 128
+DATA_OFFSET = TAR_BLOCK + NPY_HEADER_BYTES  # of the tokens in a member
 TAR_END = bytes(2 * TAR_BLOCK)
 
 
@@ -170,14 +171,18 @@ class ShardReader:
         while done < len(out):
             chunk, offset = divmod(start + done // itemsize, self._chunk_tokens)
             size = min(len(out) - done, (self._chunk_tokens - offset) * itemsize)
-            position = chunk * self._member_bytes + TAR_BLOCK + NPY_HEADER_BYTES + offset * itemsize
-            try:
-                read = os.preadv(self._file, [out[done : done + size]], position)
-            except OSError as error:
-                raise self._damaged(error.strerror) from None
-            if read != size:
-                raise self._damaged("it became shorter while it was open")
+            position = chunk * self._member_bytes + DATA_OFFSET + offset * itemsize
+            self.read_at(position, out[done : done + size])
             done += size
+
+    def read_at(self, position: int, out: memoryview) -> None:
+        """Fill `out` from byte `position` of the file. Raises DamagedShardError."""
+        try:
+            size = os.preadv(self._file, [out], position)
+        except OSError as error:
+            raise self._damaged(error.strerror) from None
+        if size != len(out):
+            raise self._damaged("it became shorter while it was open")
 
     def chunks(self) -> Iterator[npt.NDArray[np.unsignedinteger]]:
         """The token chunks in order."""
