@@ -13,15 +13,20 @@ differently with the number of its columns, and on CPU it is slower too) and its
 source is a left fold: what arrived from later layers, then each reader's share, the last reader first. The sources pass
 through `read_finished` unchanged so that what arrived is at hand there, and nothing is left for autograd to add up.
 
-**Bytes.** With `d` bytes for a token's tensor, N sources and S readers in a pass, and chunks that stay in cache:
+**Bytes moved per token**, in units of one source's token, for N sources and S readers, chunks counted while in cache:
 
-| per token                     | forward           | backward                         |
-|-------------------------------|-------------------|----------------------------------|
-| straightforward (`reference`) | about 8 N d + d   | about 14 N d                     |
-| `depth_attention`             | (2 N + 1) d       | (2 N + 1) d, + N d to accumulate |
-| `read_finished`               | (N + S) d         | (3 N + S) d                      |
-| `merge_partial`               | 4 d               | 5 d                              |
-| inverse RMS                   | d once per source |                                  |
+|                             | forward                 | backward |
+|-----------------------------|-------------------------|----------|
+| `reference`                 | 11 N + 1                | 24 N     |
+| `depth_attention`           | 2 N + 1                 | 2 N + 1  |
+| `read_finished`, S readers  | N + S, + 1 a new source | 3 N + S  |
+| `merge_partial`, one reader | 4                       | 5        |
+
+A sublayer in a block thus moves N / S + 5 forward, as in the paper's table 1. What the N sources' gradients cost to add
+up is inside the 3 N of `read_finished`, and comes on top of `depth_attention`.
+
+**Devices.** Every device runs this plain torch; only the size of a chunk is chosen by device. A fused kernel's place is
+under the two `autograd.Function`s, chosen by the sources' device; none is here, as none has been measured here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -90,7 +95,7 @@ def inverse_rms(source: Tensor, eps: float) -> Tensor:
     """
     rows = _rows(source)
     norms = torch.empty(len(rows), dtype=_wide(source), device=source.device)
-    for part in _chunks(rows):
+    for part in chunks(rows):
         torch.linalg.vector_norm(rows[part].to(norms.dtype), dim=-1, out=norms[part])
     return norms.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
 
@@ -141,7 +146,7 @@ class _ReadFinished(torch.autograd.Function):
         mean_rows = [_rows(mean) for mean in means]
         logits = [torch.empty_like(inverse) for _ in keys]
         scalars = [inverse.new_ones(2, len(rows[0])) for _ in keys]
-        for part in _chunks(rows[0]):
+        for part in chunks(rows[0]):
             values = [row[part].to(inverse.dtype) for row in rows]
             for key, mean, logit, scalar in zip(keys, mean_rows, logits, scalars, strict=True):
                 for i, value in enumerate(values):
@@ -169,8 +174,8 @@ class _ReadFinished(torch.autograd.Function):
         row_gradients = [torch.empty_like(row) for row in rows]
         key_gradients = [inverse.new_zeros(num_sources, rows[0].shape[1]) for _ in keys]
         result_rows = [_rows(_defined(result, sources[0])) for result in results]
-        scratch = _scratch(rows[0], inverse.dtype)
-        for part in _chunks(rows[0]):
+        scratch = row_scratch(rows[0], inverse.dtype)
+        for part in chunks(rows[0]):
             values = [row[part].to(inverse.dtype) for row in rows]
             reads = []
             for g, key in enumerate(keys):
@@ -206,7 +211,7 @@ class _MergePartial(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows, mean_rows = _rows(partial), _rows(mean)
         logit = torch.empty_like(statistic)
-        for part in _chunks(rows):
+        for part in chunks(rows):
             value = rows[part].to(mean.dtype)
             torch.mv(value, key, out=logit[part])
             logit[part] *= statistic[part]
@@ -229,8 +234,8 @@ class _MergePartial(torch.autograd.Function):
         row_gradient = torch.empty_like(rows)
         key_gradient = torch.zeros_like(key)
         scalar_gradient = torch.empty_like(scalars)
-        scratch = _scratch(rows, key.dtype)
-        for part in _chunks(rows):
+        scratch = row_scratch(rows, key.dtype)
+        for part in chunks(rows):
             value, result_gradient = rows[part].to(key.dtype), gradient_rows[part].to(key.dtype)
             delta = _row_dot(result_gradient, result_rows[part], scratch)
             dot = _row_dot(result_gradient, value, scratch)
@@ -284,13 +289,13 @@ def _row_dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
     return torch.mul(a, b, out=scratch[: len(a)]).sum(-1)
 
 
-def _scratch(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def row_scratch(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for one chunk: made once for all of them, for fresh pages cost more than the arithmetic on them."""
-    return torch.empty_like(rows[next(_chunks(rows), slice(0))], dtype=dtype)
+    return torch.empty_like(rows[next(chunks(rows), slice(0))], dtype=dtype)
 
 
-def _chunks(rows: Tensor) -> Iterator[slice]:
-    """Slices that cover the rows of `[tokens, hidden]`; a function of its shape and device alone."""
+def chunks(rows: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of `[tokens, hidden]`, a cacheful each; a function of its shape and device alone."""
     size = max(1, CHUNK_ELEMENTS.get(rows.device.type, CHUNK_ELEMENTS_ELSEWHERE) // rows.shape[1])
     return (slice(begin, begin + size) for begin in range(0, len(rows), size))
 

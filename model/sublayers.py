@@ -1,5 +1,7 @@
 """What a transformer layer is made of: Llama's norm and sublayers, with fused projections; and the read over depth."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,10 +9,11 @@ from torch.nn import functional as F
 from model.config import ModelConfig
 from model.depth_attention import depth_attention, depth_key, inverse_rms
 from model.depth_buffer import DepthBuffer
+from model.elementwise import rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
-    """`x * rsqrt(mean(x^2) + eps) * gain` over the last dimension, in fp32, returned in the dtype of `x`."""
+    """`rms_norm` with a learned gain `[hidden]`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -18,7 +21,7 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class DepthAttention(nn.Module):
@@ -83,8 +86,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        output: Tensor = self.down_proj(F.silu(gate) * up)
+        output: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
         return output
 
 
@@ -99,6 +101,7 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return turned.to(x.dtype)
 
 
+@lru_cache(maxsize=8)
 def rotary_tables(sequence: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of `position * theta^(-2 i / head_size)`, each `[sequence, head_size / 2]`, fp32."""
     exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
