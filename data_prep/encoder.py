@@ -1,28 +1,34 @@
-"""Text to packed token ids, several times faster than the bare encoder and with identical ids.
+"""Text to packed token ids, many times faster than the bare encoder and with identical ids.
 
-BPE merges two neighbours only when their concatenation is a piece of the vocabulary. Where no piece contains the two
-characters on either side of a boundary, no merge crosses it, and both sides encode independently. Text is therefore cut
-at such boundaries, each distinct chunk is encoded once, and everything else is a dictionary look-up.
+Text is cut where no piece of the vocabulary can cross (`cuts.py`), each distinct chunk is encoded once, and everything
+else is a look-up: whole blocks of text at a time, in NumPy, with no Python object for a chunk or a token.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from data_prep.tokenizer import SPACE_SYMBOL, Tokenizer
+from data_prep.cuts import END_BYTE, cut_rules
+from data_prep.tokenizer import Tokenizer
 
-MODEL_TYPE_BPE = 2  # sentencepiece.TrainerSpec.ModelType.BPE
-PIECE_NORMAL, PIECE_USER_DEFINED, PIECE_UNUSED = 1, 4, 5  # sentencepiece.ModelProto.SentencePiece.Type
-MAX_CACHED_CHARACTERS = 64  # longer chunks hardly ever repeat
-MAX_CACHED_CHUNKS = 1 << 20  # about 200 MB in each worker at worst
-BLOCK_CHARACTERS = 1 << 20  # bounds the list of chunks held at once
-ISOLATED = frozenset("\n\t\r\f\v\0" + SPACE_SYMBOL)  # each is a chunk of its own unless the vocabulary merges it
-DIGITS = frozenset("0123456789")
+Int64Array = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.uint64]
+TokenArray = npt.NDArray[np.unsignedinteger]
+
+BLOCK_BYTES = 1 << 19  # the arrays of one block stay in the processor's cache
+KEY_BYTES = 16  # chunks up to this long are found in the table by their bytes, longer ones in a dictionary
+TABLE_BITS = 20
+SLOT_MASK = (1 << TABLE_BITS) - 1
+MAX_CHUNKS = 1 << 19  # both limits keep a worker's cache under about 200 MB
+MAX_POOL_TOKENS = 1 << 23
+PROBES = 8
+END = bytes([END_BYTE])
+# By how many bytes of a word belong to a chunk: what to keep of the eight bytes read there.
+WORD_MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -31,26 +37,35 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class Encoder:
-    """`encode(text)` gives the same ids as `Tokenizer.encode`, packed as little-endian uint16 or uint32 bytes."""
+    """Gives the same ids as `Tokenizer.encode`, packed as little-endian uint16 or uint32 bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
-        self.pattern = chunk_pattern(tokenizer)
-        self._cache = _ChunkCache(self)
+        self.dtype: np.dtype[np.unsignedinteger] = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+        self.rules = cut_rules(tokenizer)
+        self._end = tokenizer.end_of_document_id.to_bytes(self.dtype.itemsize, "little")
+        if self.rules:
+            self._cut_after = self.rules.cut.reshape(-1)
+            self._cache = _ChunkCache(self)
 
     @property
     def cuttable(self) -> bool:
         """Whether a document may be encoded in parts, cut after any newline and in front of any run of spaces."""
-        return self.pattern is not None and self.pattern.findall("x\nx") == ["x", "\n", "x"]
+        return self.rules is not None and self.rules.cuts_at_newlines
 
     def encode(self, text: str) -> bytes:
-        if self.pattern is None:
-            return self.encode_plain(text)
-        find_chunks, look_up = self.pattern.findall, self._cache.__getitem__
-        if len(text) <= BLOCK_CHARACTERS:
-            return b"".join(map(look_up, find_chunks(text)))
-        return b"".join(b"".join(map(look_up, chunks)) for chunks in self._blocks_of_chunks(text))
+        """Ids of `text`."""
+        return self.encode_fragments([(text, False)])
+
+    def encode_fragments(self, fragments: Sequence[tuple[str, bool]]) -> bytes:
+        """Ids of (text, whether a document ends there), one after the other, with the end-of-document id where asked.
+
+        Far faster for many fragments at once than one by one.
+        """
+        if self.rules is None:
+            return b"".join(self.encode_plain(text) + (self._end if ends else b"") for text, ends in fragments)
+        data = b"".join(part for text, ends in fragments for part in (text.encode(), END if ends else b""))
+        return b"".join(ids.tobytes() for ids in self._encode_blocks(data))
 
     def encode_plain(self, text: str) -> bytes:
         """The ids straight from sentencepiece: the reference that `encode` must equal."""
@@ -61,111 +76,136 @@ class Encoder:
         if self.encode(text) != self.encode_plain(text):
             raise RuntimeError(f"cached encoding differs from sentencepiece's with {self.tokenizer.path}: {text!r}")
 
-    def _blocks_of_chunks(self, text: str) -> Iterable[list[str]]:
-        assert self.pattern is not None
-        start, size = 0, BLOCK_CHARACTERS
-        while start < len(text):
-            stop = start + size
-            chunks = self.pattern.findall(text, start, stop)
-            if stop < len(text):
-                chunks.pop()  # the block's end may have cut it
-                if not chunks:
+    def _encode_blocks(self, data: bytes) -> Iterable[TokenArray]:
+        start, size = 0, BLOCK_BYTES
+        while start < len(data):
+            block = data[start : start + size]
+            starts = self._chunk_starts(block)
+            if start + size < len(data):  # the block's end may have cut its last chunk
+                if len(starts) == 1:
                     size *= 2
                     continue
-            yield chunks
-            start += sum(map(len, chunks))
-            size = BLOCK_CHARACTERS
+                block, starts = block[: starts[-1]], starts[:-1]
+            yield self._cache.ids(block, starts)
+            start += len(block)
+            size = BLOCK_BYTES
+
+    def _chunk_starts(self, block: bytes) -> Int64Array:
+        assert self.rules
+        classes = self.rules.byte_class[np.frombuffer(block, np.uint8)]
+        cuts = self._cut_after[classes[:-1] * np.uint8(len(self.rules.cut)) + classes[1:]]
+        return np.concatenate([[0], np.flatnonzero(cuts) + 1])
 
 
-class _ChunkCache(dict[str, bytes]):
-    """Packed ids by chunk. Full, it starts afresh: what is frequent is back at once."""
+class _ChunkCache:
+    """Ids by chunk. Every chunk seen has an entry: a run of ids in one pool.
+
+    Short chunks are found through an open-addressing table by their own bytes, padded with zeros (a NUL is a chunk of
+    its own, so no two chunks share a key): equal keys are equal chunks, whatever the hash.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
-        self._encode = encoder.encode_plain
+        self._tokenizer = encoder.tokenizer
+        self._dtype = encoder.dtype
+        self._clear()
 
-    def __missing__(self, chunk: str) -> bytes:
-        packed = self._encode(chunk)
-        if len(chunk) <= MAX_CACHED_CHARACTERS:
-            if len(self) >= MAX_CACHED_CHUNKS:
-                self.clear()
-            self[chunk] = packed
-        return packed
+    def ids(self, block: bytes, starts: Int64Array) -> TokenArray:
+        """Ids of the chunks of `block` that begin at `starts`."""
+        if len(self._entries) > MAX_CHUNKS or self._pool_used > MAX_POOL_TOKENS:
+            self._clear()  # what is frequent is back at once
+        lengths = np.diff(starts, append=len(block))
+        keys = _keys(block, starts, lengths)
+        entries = self._find(keys, lengths)
+        (unknown,) = np.nonzero(entries < 0)
+        if len(unknown):
+            entries[unknown] = self._look_up(block, starts[unknown], lengths[unknown], keys[:, unknown])
+        sizes = self._sizes[entries]
+        ends = np.cumsum(sizes)
+        places = np.repeat(self._offsets[entries] - (ends - sizes), sizes)
+        places += np.arange(len(places))
+        ids: TokenArray = self._pool[places]
+        return ids
+
+    def _clear(self) -> None:
+        self._entries: dict[bytes, int] = {}
+        self._key_table = np.zeros((2, 1 << TABLE_BITS), dtype=np.uint64)
+        self._entry_table = np.full(1 << TABLE_BITS, -1, dtype=np.int32)
+        self._offsets = np.zeros(1 << 12, dtype=np.int64)
+        self._sizes = np.zeros(1 << 12, dtype=np.int64)
+        self._pool: TokenArray = np.zeros(1 << 14, dtype=self._dtype)
+        self._pool_used = 0
+
+    def _find(self, keys: KeyArray, lengths: Int64Array) -> Int64Array:
+        """Entries of chunks by the table; -1 where it has none."""
+        slots = _hash(keys)
+        entries = self._match(keys, slots)
+        entries[lengths > KEY_BYTES] = -1
+        (left,) = np.nonzero((entries < 0) & (lengths <= KEY_BYTES))
+        for _ in range(PROBES - 1):
+            left = left[self._entry_table[slots[left]] >= 0]  # an empty slot ends the search
+            if not len(left):
+                break
+            slots[left] = (slots[left] + 1) & SLOT_MASK
+            entries[left] = self._match(keys[:, left], slots[left])
+            left = left[entries[left] < 0]
+        return entries
+
+    def _match(self, keys: KeyArray, slots: Int64Array) -> Int64Array:
+        same = (self._key_table[0][slots] == keys[0]) & (self._key_table[1][slots] == keys[1])
+        return np.where(same, self._entry_table[slots], -1).astype(np.int64)
+
+    def _look_up(self, block: bytes, starts: Int64Array, lengths: Int64Array, keys: KeyArray) -> list[int]:
+        """Entries by the dictionary, which has every chunk; new ones are encoded, and the short put into the table."""
+        chunks = [block[start : start + size] for start, size in zip(starts.tolist(), lengths.tolist(), strict=True)]
+        new = {chunk: place for place, chunk in enumerate(chunks) if chunk not in self._entries}
+        slots = _hash(keys)
+        for chunk, place in new.items():
+            ids = self._encode(chunk)
+            entry = self._entries[chunk] = len(self._entries)
+            self._offsets = _with_room(self._offsets, entry + 1)
+            self._sizes = _with_room(self._sizes, entry + 1)
+            self._pool = _with_room(self._pool, self._pool_used + len(ids))
+            self._offsets[entry], self._sizes[entry] = self._pool_used, len(ids)
+            self._pool[self._pool_used : self._pool_used + len(ids)] = ids
+            self._pool_used += len(ids)
+            if len(chunk) <= KEY_BYTES:
+                self._insert(keys[:, place], int(slots[place]), entry)
+        return [self._entries[chunk] for chunk in chunks]
+
+    def _encode(self, chunk: bytes) -> list[int]:
+        return [self._tokenizer.end_of_document_id] if chunk == END else self._tokenizer.encode(chunk.decode())
+
+    def _insert(self, key: KeyArray, slot: int, entry: int) -> None:
+        for _ in range(PROBES):
+            if self._entry_table[slot] < 0:
+                self._key_table[:, slot] = key
+                self._entry_table[slot] = entry
+                return
+            slot = (slot + 1) & SLOT_MASK
+        # No room nearby: the dictionary has it.
 
 
-def chunk_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """A pattern whose matches tile any text and cut it only where no piece of the vocabulary can cross.
-
-    None where that is not provable (no BPE, a normaliser that rewrites text, a space inside a piece): such models take
-    the plain path.
-    """
-    spec = tokenizer.proto.trainer_spec
-    if not tokenizer.is_lossless or spec.model_type != MODEL_TYPE_BPE or spec.treat_whitespace_as_suffix:
-        return None
-    types = (PIECE_NORMAL, PIECE_USER_DEFINED, PIECE_UNUSED)
-    pieces = [piece.piece.replace(SPACE_SYMBOL, " ") for piece in tokenizer.proto.pieces if piece.type in types]
-    pattern = pattern_from_pieces(pieces)
-    if pattern is None or any(len(pattern.findall(piece)) > 1 for piece in pieces):
-        return None
-    return pattern
+def _keys(block: bytes, starts: Int64Array, lengths: Int64Array) -> KeyArray:
+    """The first 16 bytes of each chunk, zero beyond its end: uint64 [2, chunks]."""
+    padded = block + bytes(KEY_BYTES)
+    words = np.ndarray(len(block) + 9, dtype="<u8", buffer=padded, strides=(1,))  # the eight bytes from each byte on
+    keys = np.empty((2, len(starts)), dtype=np.uint64)
+    keys[0] = words[starts] & WORD_MASKS[np.minimum(lengths, 8)]
+    keys[1] = words[starts + 8] & WORD_MASKS[np.clip(lengths - 8, 0, 8)]
+    return keys
 
 
-def pattern_from_pieces(pieces: Iterable[str]) -> re.Pattern[str] | None:
-    """The pattern of `chunk_pattern` for pieces written with plain spaces, or None."""
-    pairs = {pair for piece in pieces for pair in pairwise(piece)}
-    if any(right == " " != left for left, right in pairs):
-        return None
-    groups = _character_groups(pairs)
-    punctuation, digits, isolated = (_character_class(groups[name]) for name in ("punctuation", "digits", "isolated"))
-    digits_merge = any(left in groups["digits"] and right in groups["digits"] for left, right in pairs)
-    digits_after_space = any(left == " " and right in groups["digits"] for left, right in pairs)
-    alternatives = [
-        rf" *[^ {punctuation}{digits}{isolated}]+",
-        rf" *[{punctuation}]+" if punctuation else "",
-        (" *" if digits_after_space else "") + rf"[{digits}]{'+' if digits_merge else '{1,3}'}" if digits else "",
-        rf"[{isolated}]" if isolated else "",
-        r" +",
-    ]
-    return re.compile("|".join(filter(None, alternatives)))
+def _hash(keys: KeyArray) -> Int64Array:
+    mixed = (keys[0] * np.uint64(0x9E3779B97F4A7C15)) ^ (keys[1] * np.uint64(0xC2B2AE3D27D4EB4F))
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    slots: Int64Array = (mixed >> np.uint64(64 - TABLE_BITS)).astype(np.int64)
+    return slots
 
 
-def _character_groups(pairs: set[tuple[str, str]]) -> dict[str, set[str]]:
-    """Split characters into punctuation, digits, isolated ones and (by absence) words so that no pair crosses groups.
-
-    A character that some piece joins to another group's character becomes a word character, until no pair crosses.
-    """
-    groups = {"punctuation": set(_punctuation()), "digits": set(DIGITS), "isolated": set(ISOLATED)}
-
-    def group_of(character: str) -> str | None:
-        return next((name for name, members in groups.items() if character in members), None)
-
-    changed = True
-    while changed:
-        changed = False
-        for left, right in pairs:
-            left_group, right_group = group_of(left), group_of(right)
-            if left == " ":
-                crosses = right_group == "isolated"
-            else:
-                crosses = left_group != right_group or left_group == "isolated"
-            if crosses:
-                for members in groups.values():
-                    changed |= bool(members & {left, right})
-                    members -= {left, right}
-    return groups
-
-
-def _punctuation() -> Iterable[str]:
-    """Punctuation, symbols, separators and controls of the basic multilingual plane, but not the plain space."""
-    characters = map(chr, range(0x10000))
-    return (c for c in characters if unicodedata.category(c)[0] in "PSZC" and c != " " and c not in ISOLATED)
-
-
-def _character_class(characters: set[str]) -> str:
-    """The inside of a regular expression's [...] for `characters`, as ranges: short classes match faster."""
-    ranges: list[list[int]] = []
-    for code in sorted(map(ord, characters)):
-        if ranges and ranges[-1][1] == code - 1:
-            ranges[-1][1] = code
-        else:
-            ranges.append([code, code])
-    return "".join(rf"\U{first:08x}-\U{last:08x}" for first, last in ranges)
+def _with_room(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
+    if size <= len(array):
+        return array
+    larger = np.zeros(max(size, 2 * len(array)), dtype=array.dtype)
+    larger[: len(array)] = array
+    return larger

@@ -23,7 +23,8 @@ from data_prep.shards import ShardInfo, ShardWriter
 from data_prep.tokenizer import Tokenizer
 
 TRAIN, VALIDATION = "train", "validation"
-SELF_CHECK_EVERY = 512  # documents; the check costs as much as plain encoding, so about 1 % of the time
+BATCH_BYTES = 1 << 20  # of text encoded at once
+SELF_CHECK_EVERY = 1024  # documents; checking one costs as much as plain encoding
 SELF_CHECK_CHARACTERS = 1 << 14
 PROGRESS_SLOTS = 3  # documents, tokens, bytes of text
 
@@ -63,7 +64,6 @@ class UnitWorker:
         self.plan = plan
         self.directory = directory
         self.encoder = Encoder(tokenizer)
-        self.end = tokenizer.end_of_document_id.to_bytes(self.encoder.dtype.itemsize, "little")
         self._documents_until_check = 0
 
     def run(self, unit: int, progress: Callable[[int, int, int], None] = lambda *_: None) -> UnitResult:
@@ -90,16 +90,30 @@ class UnitWorker:
         counters: dict[str, Counters],
         progress: Callable[[int, int, int], None],
     ) -> None:
-        for half, fragment in self._fragments(unit, counters[TRAIN]):
+        waiting: dict[str, list[tuple[str, bool]]] = {TRAIN: [], VALIDATION: []}
+        sizes = dict.fromkeys(waiting, 0)
+
+        def write(half: str) -> None:
             if half not in writers:
                 path = unit_file(self.directory, unit, half)
                 writers[half] = ShardWriter(path, self.encoder.dtype, self.plan.options.chunk_tokens)
-            packed = self._encode(fragment) + (self.end if fragment.ends else b"")
+            packed = self.encoder.encode_fragments(waiting[half])
+            documents = sum(ends for _, ends in waiting[half])
             writers[half].append(packed)
-            writers[half].documents += fragment.ends
-            size = len(fragment.text) if fragment.text.isascii() else len(fragment.text.encode())
-            counters[half].text_bytes += size
-            progress(fragment.ends, len(packed) // self.encoder.dtype.itemsize, size)
+            writers[half].documents += documents
+            counters[half].text_bytes += sizes[half]
+            progress(documents, len(packed) // self.encoder.dtype.itemsize, sizes[half])
+            waiting[half], sizes[half] = [], 0
+
+        for half, fragment in self._fragments(unit, counters[TRAIN]):
+            self._check_now_and_then(fragment.text)
+            waiting[half].append((fragment.text, fragment.ends))
+            sizes[half] += len(fragment.text) if fragment.text.isascii() else len(fragment.text.encode())
+            if sizes[half] >= BATCH_BYTES:
+                write(half)
+        for half in waiting:
+            if waiting[half]:
+                write(half)
 
     def _fragments(self, unit: int, counters: Counters) -> Iterator[tuple[str, Fragment]]:
         options = self.plan.options
@@ -114,13 +128,11 @@ class UnitWorker:
                 yield half, fragment
             _check_unchanged(file)
 
-    def _encode(self, fragment: Fragment) -> bytes:
-        packed = self.encoder.encode(fragment.text)
+    def _check_now_and_then(self, text: str) -> None:
         self._documents_until_check -= 1
         if self._documents_until_check < 0:
             self._documents_until_check = SELF_CHECK_EVERY
-            self.encoder.check(fragment.text[:SELF_CHECK_CHARACTERS])
-        return packed
+            self.encoder.check(text[:SELF_CHECK_CHARACTERS])
 
 
 def half_of(head: bytes, validation_fraction: float) -> str:
