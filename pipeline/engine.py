@@ -112,31 +112,33 @@ class DepthPipelineEngine(PipelineEngine):
         """This rank's stages, with links to the stages before and after them that other ranks hold."""
         held = [stage for stage in range(self.plan.num_stages) if self._rank_of(stage) == self.stage_id]
         stages = [_Stage(index) for index in held]
-        groups = self._hop_groups()
-        for hop in range(self._last_index):
-            ranks = self._rank_of(hop), self._rank_of(hop + 1)
-            if ranks[0] == ranks[1] or self.stage_id not in ranks:
-                continue
-            layout, (forward, backward) = self._hops[hop], groups[hop >= self.num_pipeline_ranks]
+        for hop, ranks, forward, backward in self._hop_groups():
             activations, gradients = f"depth buffer to stage {hop + 1}", f"gradients to stage {hop}"
-            if self.stage_id == ranks[0]:
-                stage, peer = stages[held.index(hop)], self.grid.stage_to_global(ranks[1])
-                stage.activations_out = Sender(layout, peer, forward, activations)
-                stage.gradients_in = Receiver(layout, peer, backward, gradients, self.device)
+            if self.global_rank == ranks[0]:
+                stage = stages[held.index(hop)]
+                stage.activations_out = Sender(self._hops[hop], ranks[1], forward, activations)
+                stage.gradients_in = Receiver(self._hops[hop], ranks[1], backward, gradients, self.device)
             else:
-                stage, peer = stages[held.index(hop + 1)], self.grid.stage_to_global(ranks[0])
-                stage.activations_in = Receiver(layout, peer, forward, activations, self.device)
-                stage.gradients_out = Sender(layout, peer, backward, gradients)
+                stage = stages[held.index(hop + 1)]
+                stage.activations_in = Receiver(self._hops[hop], ranks[0], forward, activations, self.device)
+                stage.gradients_out = Sender(self._hops[hop], ranks[0], backward, gradients)
         return stages
 
-    def _hop_groups(self) -> list[tuple[dist.ProcessGroup, dist.ProcessGroup]]:
-        """Process groups for (forward, backward) messages of each phase: no message waits for one of another kind."""
-        phases = self.plan.num_stages // self.num_pipeline_ranks
+    def _hop_groups(self) -> list[tuple[int, list[int], dist.ProcessGroup, dist.ProcessGroup]]:
+        """This rank's hops: number, ranks of its two sides, process groups of its forward and backward messages.
+
+        Every direction of every hop has a group of its own, because NCCL runs the messages of a group one after
+        another, and none may wait for one of another kind.
+        """
         mine = []
-        for ranks in self.module.topology().get_axis_comm_lists("pipe"):
-            groups = [(dist.new_group(ranks), dist.new_group(ranks)) for _ in range(phases)]  # made by every rank alike
-            if self.global_rank in ranks:
-                mine = groups
+        for pipeline in self.module.topology().get_axis_comm_lists("pipe"):
+            for hop in range(self._last_index):
+                ranks = [pipeline[self._rank_of(stage)] for stage in (hop, hop + 1)]
+                if ranks[0] == ranks[1]:
+                    continue
+                forward, backward = dist.new_group(ranks), dist.new_group(ranks)  # every rank takes part in making them
+                if self.global_rank in ranks:
+                    mine.append((hop, ranks, forward, backward))
         return mine
 
     def _make_tied_group(self) -> dist.ProcessGroup | None:

@@ -118,18 +118,15 @@ def test_data_parallel_with_zero_1_agrees_to_summation_order(workers: WorkerPool
 
 
 def test_bf16_trains_alike_at_every_cut(workers: WorkerPool) -> None:
-    expected = workers.run(1, losses_of_steps, make_config(precision="bf16", lr=1e-3), 20)[0]
-    assert expected[-1][0] < expected[0][0] - 0.2
-    for ranks, changes in (
-        (3, {}),
-        (2, {"schedule": "dualpipev"}),
-        (4, {"pipeline": 2, "data": 2, "micro_batches": 3}),
-    ):
-        config = make_config(**{"precision": "bf16", "lr": 1e-3, "pipeline": ranks, **changes})
-        for found in workers.run(ranks, losses_of_steps, config, 20):
-            for (loss, _), (expected_loss, _) in zip(found, expected, strict=True):
-                # bf16 has three significant digits; the sums of gradients and norms keep fp32.
-                assert loss == pytest.approx(expected_loss, rel=5e-3)
+    config = make_config(precision="bf16", lr=1e-3)
+    expected = [loss for loss, _ in workers.run(1, losses_of_steps, config, 10)[0]]
+    assert expected[-1] < expected[0] - 0.1
+    for ranks, schedule in ((3, "1f1b"), (2, "dualpipev")):
+        config = make_config(precision="bf16", lr=1e-3, pipeline=ranks, schedule=schedule)
+        assert [loss for loss, _ in workers.run(ranks, losses_of_steps, config, 10)[0]] == expected
+    config = make_config(precision="bf16", lr=1e-3, pipeline=2, data=2, micro_batches=3)
+    found = [loss for loss, _ in workers.run(4, losses_of_steps, config, 10)[0]]
+    assert found == pytest.approx(expected, rel=5e-3)  # bf16 has three significant digits
 
 
 @pytest.mark.parametrize("residual", MODELS)
