@@ -191,25 +191,25 @@ class WorkerPool:
         Raises DepthpipeError when a worker reports one or is killed.
         """
         waiting = iter(units)
-        busy = {pipe for pipe in self._pipes if _send_next(pipe, waiting)}
-        while busy:
-            ready = connection.wait(list(busy), timeout=interval)
-            if not ready:
-                yield None
-            for pipe in ready:
-                assert isinstance(pipe, connection.Connection)
-                try:
+        try:
+            busy = {pipe for pipe in self._pipes if _send_next(pipe, waiting)}
+            while busy:
+                ready = connection.wait(list(busy), timeout=interval)
+                if not ready:
+                    yield None
+                for pipe in ready:
+                    assert isinstance(pipe, connection.Connection)
                     outcome = pipe.recv()
-                except EOFError:
-                    raise DepthpipeError(
-                        "a worker process was killed (out of memory?): run the same command again, "
-                        "with fewer --workers if memory is short"
-                    ) from None
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                if not _send_next(pipe, waiting):
-                    busy.remove(pipe)
-                yield outcome
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    if not _send_next(pipe, waiting):
+                        busy.remove(pipe)
+                    yield outcome
+        except (EOFError, ConnectionError):
+            raise DepthpipeError(
+                "a worker process was killed (out of memory?): run the same command again, "
+                "with fewer --workers if memory is short"
+            ) from None
 
 
 def _send_next(pipe: connection.Connection, units: Iterator[int]) -> bool:

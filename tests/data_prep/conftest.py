@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.encoder import Encoder
 from data_prep.job import tokenize_corpus
 from data_prep.plan import Options
 from data_prep.tokenizer import Tokenizer
@@ -45,6 +46,12 @@ def tokenizer_path(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path: Path) -> Tokenizer:
     return Tokenizer.load(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer: Tokenizer) -> Encoder:
+    """One encoder for all tests: what it has seen before must make no difference."""
+    return Encoder(tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -47,11 +47,12 @@ CODE_LIKE = st.lists(
 
 @given(text=st.one_of(ANY_TEXT, CODE_LIKE))
 @settings(max_examples=300, deadline=None)
-def test_any_text_comes_back_exactly_and_the_fast_encoder_agrees(text: str, tokenizer: Tokenizer) -> None:
+def test_any_text_comes_back_exactly_and_the_fast_encoder_agrees(
+    text: str, tokenizer: Tokenizer, encoder: Encoder
+) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.end_of_document_id not in ids
-    encoder = Encoder(tokenizer)
     assert encoder.encode(text) == encoder.encode_plain(text)
 
 
