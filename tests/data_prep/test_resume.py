@@ -28,6 +28,8 @@ fork = multiprocessing.get_context("fork")
 @pytest.fixture(autouse=True)
 def many_small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 40_000)
+    # A cut of power needs it, a killed process does not; on a busy disk it takes most of these tests' time.
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture
