@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +108,7 @@ class Receiver:
 
     def __init__(self, layout: HopLayout, peer: int, group: dist.ProcessGroup, name: str, device: torch.device) -> None:
         self.layout, self.peer, self.group, self.name, self.device = layout, peer, group, name, device
-        self.wait_seconds = 0.0
+        self.clock = WaitClock(device)
         self._posted: deque[tuple[list[dist.Work], Tensor]] = deque()
         self._to_post = 0
 
@@ -120,13 +121,13 @@ class Receiver:
         """The next micro-batch's tensors, slices of one fresh buffer; posts the receive after it."""
         self._post()
         works, buffer = self._posted.popleft()
-        start = time.perf_counter()
-        for work in works:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise TransportError(f"{self.name}: lost rank {self.peer} ({str(error).splitlines()[0]})") from error
-        self.wait_seconds += time.perf_counter() - start
+        with self.clock.waiting():
+            for work in works:
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    reason = str(error).splitlines()[0]
+                    raise TransportError(f"{self.name}: lost rank {self.peer} ({reason})") from error
         return _slices(buffer)
 
     def finish(self) -> None:
@@ -142,6 +143,41 @@ class Receiver:
         buffer = torch.empty((self.layout.num_tensors, *self.layout.shape), dtype=self.layout.dtype, device=self.device)
         operations = [dist.P2POp(dist.irecv, tensor, self.peer, self.group) for tensor in _slices(buffer)]
         self._posted.append((dist.batch_isend_irecv(operations), buffer))
+
+
+class WaitClock:
+    """Adds up the time that computation has waited for messages.
+
+    On CPU the process itself waits. On CUDA waiting is an entry in the stream's queue, so the stream is timed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside is waiting."""
+        if self._device.type == "cuda":
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            yield
+            after.record()
+            self._events.append((before, after))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far; on CUDA this waits for the stream."""
+        for before, after in self._events:
+            after.synchronize()
+            self._seconds += before.elapsed_time(after) / 1000
+        self._events.clear()
+        return self._seconds
 
 
 def _slices(buffer: Tensor) -> tuple[Tensor, ...]:

@@ -154,7 +154,7 @@ class DepthPipelineEngine(PipelineEngine):
     @property
     def transport_wait_seconds(self) -> float:
         """Seconds that this rank has waited for its neighbours since it started."""
-        return sum(link.wait_seconds for link in self._links(Receiver))
+        return sum(link.clock.seconds for link in self._links(Receiver))
 
     @property
     def transport_bytes_sent(self) -> int:

@@ -38,7 +38,7 @@ class TrainProgress:
         self._metrics: StepMetrics | None = None
         self._pace: deque[tuple[float, int]] = deque([(time.monotonic(), start_step)], maxlen=_ETA_STEPS)
         self._last_plain = -math.inf
-        self._console = console or Console(file=cast(TextIO, _SteadyFile(sys.stdout)), highlight=False)
+        self._console = console or Console(file=cast(TextIO, SteadyFile(sys.stdout)), highlight=False)
         self._live: Live | None = None
         # Not console.is_terminal: FORCE_COLOR, which many CI systems set, makes that true for a file.
         if self._console.file.isatty() and not self._console.is_dumb_terminal:
@@ -125,7 +125,7 @@ def _as_text(console: Console, bar: ProgressBar, options: ConsoleOptions) -> Tex
     return Text.assemble(*((segment.text, segment.style or "") for segment in segments))
 
 
-class _SteadyFile:
+class SteadyFile:
     """A text stream that turns mute, instead of raising, when its other end is gone: a closed terminal or pipe
     must not end a training run."""
 

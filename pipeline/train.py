@@ -6,11 +6,10 @@ import dataclasses
 import math
 import os
 import shutil
-import sys
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch.distributed as dist
 from rich.console import Console
@@ -23,7 +22,7 @@ from pipeline.config import Config, OptimizerSection, WeightedDataset
 from pipeline.launch import WORKER_PARENT, end_with_parent
 from pipeline.meter import Meter
 from pipeline.metrics import MetricsWriter, StepMetrics
-from pipeline.progress import TrainProgress
+from pipeline.progress import SteadyFile, TrainProgress
 from pipeline.runtime import check_processes, checkpoint_layout, start_engine
 
 if TYPE_CHECKING:
@@ -178,13 +177,14 @@ def _redirect_output(log: Path) -> TextIO:
     """Send this process's stdout and stderr to `log`; returns what stdout was, for the lines that people read."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
-        raise DepthpipeError(f"run.dir: {log.parent} cannot be written ({error.strerror})") from None
-    console = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(target, sys.stdout.fileno())
-    os.dup2(target, sys.stderr.fileno())
+        raise DepthpipeError(f"run.dir: {log} cannot be written ({error.strerror})") from None
+    try:
+        console = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    except OSError:  # started with stdout closed
+        console = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    os.dup2(target, 1)
+    os.dup2(target, 2)
     os.close(target)
-    return console
+    return cast(TextIO, SteadyFile(console))

@@ -81,8 +81,12 @@ def test_losses_do_not_depend_on_the_pipeline_degree(trained: Path, write_config
 @pytest.mark.parametrize("residual", ["standard", "full"])
 def test_every_residual_trains_from_one_changed_line(trained: Path, write_config: Any, residual: str) -> None:
     config = write_config()
-    depthpipe("train", config, "--set", f"model.residual={residual}")
-    mine = losses(config.parent / "run")
+    run = config.parent / "run"
+    shutil.copytree(trained, run)  # an earlier run with another model is in the way
+    out, _ = depthpipe("train", config, "--set", f"model.residual={residual}", "--restart")
+    assert f"the earlier run is now {run}.old-1" in out
+    assert losses(run.with_name("run.old-1")) == losses(trained)
+    mine = losses(run)
     assert mine != losses(trained)
     assert mine[-1][1] < mine[0][1] - 1
 
