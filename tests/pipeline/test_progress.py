@@ -53,12 +53,11 @@ def run_on_terminal(steps: int, seconds: float, widths: list[int], **changes: st
         command(steps, seconds), stdout=secondary, stderr=subprocess.PIPE, env=environment(TERM="xterm", **changes)
     )
     written = b""
-    started, resizes = time.monotonic(), list(widths[1:])
+    resizes = list(widths[1:])
     os.set_blocking(primary, False)
     while process.poll() is None:
-        if resizes and time.monotonic() - started > 0.6:
+        if resizes and re.search(rb"step [1-9]", written):  # the width before has been drawn in
             resize(resizes.pop(0))
-            started = time.monotonic()
         try:
             written += os.read(primary, 1 << 16)
         except BlockingIOError:
