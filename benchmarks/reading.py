@@ -37,7 +37,7 @@ LENGTH = 2048
 BATCH = 64
 VOCAB_SIZE = 65_000
 SHARD_TOKENS = 1 << 24
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, width=120)
 
 
 def main() -> None:

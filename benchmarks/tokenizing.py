@@ -48,7 +48,7 @@ from data_prep.training import train_tokenizer
 CORES = len(os.sched_getaffinity(0))
 PEERS = {"litdata": "litdata", "mosaic": "streaming", "datatrove": "datatrove"}
 Rates = dict[str, list[tuple[float, float]]]  # tokens per second of clock and of processor time, by row and round
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, width=120)
 
 
 def main() -> None:

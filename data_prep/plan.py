@@ -24,7 +24,8 @@ from data_prep.shards import CHUNK_TOKENS
 PLAN_VERSION = 1
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 256 << 20
 UNITS_WANTED = 256
-SLICES_PER_UNIT = 16
+SLICES_PER_UNIT = 64
+MIN_SLICE_BYTES = 1 << 16
 MAX_SHARES = 8  # of a compressed file: each share decompresses it anew
 COMPRESSION_RATIO = 4  # of text under gzip and zstd, near enough to size units by
 
@@ -123,7 +124,7 @@ Group = list[tuple[Slice, int]]  # slices that stay together, each with its work
 
 def _groups(files: Sequence[CorpusFile], options: Options, unit_bytes: int, *, cuttable: bool) -> list[Group]:
     """Slices in groups that the plan may shuffle: parts of one long document stay together, small files share one."""
-    slice_bytes = unit_bytes // SLICES_PER_UNIT
+    slice_bytes = max(unit_bytes // SLICES_PER_UNIT, MIN_SLICE_BYTES)
     groups: list[Group] = []
     small: Group = []
     for index, file in enumerate(files):

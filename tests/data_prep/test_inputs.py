@@ -49,7 +49,7 @@ WRITERS: dict[str, Write] = {
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut everything into pieces far smaller than the documents."""
     monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 300)
-    monkeypatch.setattr(plan, "SLICES_PER_UNIT", 4)
+    monkeypatch.setattr(plan, "MIN_SLICE_BYTES", 75)
     monkeypatch.setattr(containers, "STRIPE_BYTES", 64)
     monkeypatch.setattr(containers, "READ_BYTES", 50)
     monkeypatch.setattr(documents, "READ_BYTES", 40)

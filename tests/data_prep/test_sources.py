@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import json
 import logging
 import os
 import shutil
@@ -113,9 +114,33 @@ def test_windows_bound_the_shards_that_reading_opens(many_shards: Path, small_bl
     assert order.window_after(*order.window_of(count - 1)) == (1, 0)
 
 
+def test_windows_shuffle_a_sorted_corpus_nearly_as_well_as_a_full_shuffle(
+    tokenizer_path: Path, tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A corpus whose first half differs from its second: how much of a batch comes from the first half?"""
+    monkeypatch.setattr("data_prep.plan.MIN_UNIT_BYTES", 60_000)
+    monkeypatch.setattr("data_prep.plan.MIN_SLICE_BYTES", 1_000)
+    lines = [json.dumps({"text": f"{'first' if i < 20_000 else 'second'} {i}"}) + "\n" for i in range(40_000)]
+    (tmp_path / "sorted.jsonl").write_text("".join(lines))
+    tokenize_corpus([str(tmp_path / "sorted.jsonl")], tokenizer_path, tmp_path / "data", workers=2)
+    manifest = Manifest.load(tmp_path / "data")
+    first = manifest.load_tokenizer().encode("first")
+
+    def spread(window_tokens: int) -> float:
+        stream = one(tmp_path / "data", window_tokens=window_tokens)
+        count = stream.sequences_per_epoch[0] // 64 * 64
+        tokens = stream.read(np.arange(count)).reshape(count // 64, -1)
+        shares = (tokens == first[0]).mean(axis=1)
+        return float(shares.std())
+
+    assert len(manifest.shards) > 16
+    full, windowed = spread(manifest.tokens), spread(manifest.tokens // 6)
+    assert windowed < 1.6 * full
+
+
 def test_boundaries_number_the_documents_of_a_sequence(many_shards: Path) -> None:
     stream = one(many_shards)
-    arguments = {"global_batch_size": 64, "micro_batch_size": 64, "data_parallel_rank": 0, "data_parallel_size": 1}
+    arguments = {"global_batch_size": 2048, "micro_batch_size": 2048, "data_parallel_rank": 0, "data_parallel_size": 1}
     loader = BatchLoader(stream, document_boundaries=True, **arguments)
     inputs, labels, documents = next(loader)
     loader.close()

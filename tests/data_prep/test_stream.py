@@ -91,6 +91,24 @@ def test_the_order_is_the_same_on_every_number_of_ranks(stream: SequenceStream, 
     assert torch.equal(alone[5], torch.from_numpy(stream.sequence(5)))
 
 
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_reading_ahead_changes_nothing(stream: SequenceStream, prefetch: int) -> None:
+    loader = BatchLoader(
+        stream,
+        global_batch_size=6,
+        micro_batch_size=3,
+        data_parallel_rank=1,
+        data_parallel_size=2,
+        prefetch=prefetch,
+    )
+    for step in range(5):
+        inputs, _ = next(loader)
+        expected = [stream.sequence(step * 6 + 3 + row)[:-1] for row in range(3)]
+        assert (inputs.numpy() == np.stack(expected)).all()
+        assert loader.position()["samples"] == 6 * (step + 1)
+    loader.close()
+
+
 def test_resuming_anywhere_on_other_ranks_continues_the_order(stream: SequenceStream, rng: random.Random) -> None:
     uninterrupted, _ = global_batches(stream, 1, steps=12)
     for _ in range(4):
