@@ -73,7 +73,7 @@ def main() -> None:
         limit = (3 * n + 2 * readers) * tensor_bytes / bandwidth
         leaves = [*sources, *queries[:readers], gain]
         console.print(make_table(title, time_rows(rows, leaves, arguments.rounds), limit))
-    console.print(logits_table(sources[0], queries, arguments.rounds))
+    console.print(logits_table(sources[0], arguments.rounds))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -125,31 +125,28 @@ def make_table(title: str, seconds: dict[str, list[tuple[float, float]]], limit:
     return table
 
 
-def logits_table(source: Tensor, queries: Sequence[Tensor], rounds: int) -> Table:
-    """Why each reader has its own matrix-vector product: whether bits stay, and the time."""
-    with torch.no_grad():
-        keys = [query.float() for query in queries]
-        rows = source.float()[: max(1, (1 << 18) // source.shape[1])]
-        forms: dict[str, Callable[[], list[Tensor]]] = {
-            "a product per reader": lambda: [rows @ key for key in keys],
-            "one matrix product": lambda: list((rows @ torch.stack(keys, 1)).unbind(1)),
-        }
-        fewer = rows @ torch.stack(keys[:2], 1)
-        same = {
-            "a product per reader": True,
-            "one matrix product": torch.equal(forms["one matrix product"]()[0], fewer[:, 0]),
-        }
-        seconds = defaultdict(list)
-        for _ in range(20 * rounds):
-            for name, form in forms.items():
-                begin = clock()
-                form()
-                seconds[name].append(clock() - begin)
-    table = Table(title=f"logits of {len(keys)} readers, one chunk in cache", title_justify="left")
-    for column in ("", "microseconds", "bits equal with fewer readers"):
+def logits_table(source: Tensor, rounds: int) -> Table:
+    """Why each reader has its own matrix-vector product: whether a reader's bits depend on the others, and the time."""
+    forms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "a product per reader": lambda rows, keys: torch.stack([rows @ key for key in keys.T.contiguous()], 1),
+        "one matrix product": lambda rows, keys: rows @ keys,
+    }
+    rows = source.detach().float()[: max(1, (1 << 18) // source.shape[1])]
+    all_keys = torch.randn(source.shape[1], 24, device=source.device)  # 12 layers in a block
+    table = Table(title="logits of the readers of one block, one chunk in cache", title_justify="left")
+    for column in ("", "4 readers, us", "24 readers, us", "same bits for the first 4"):
         table.add_column(column, justify="right" if column else "left")
-    for name in forms:
-        table.add_row(name, f"{1e6 * statistics.median(seconds[name]):.0f}", "yes" if same[name] else "no")
+    for name, form in forms.items():
+        medians = []
+        for count in (4, 24):
+            keys, seconds = all_keys[:, :count].contiguous(), []
+            for _ in range(20 * rounds):
+                begin = clock()
+                form(rows, keys)
+                seconds.append(clock() - begin)
+            medians.append(f"{1e6 * statistics.median(seconds):.0f}")
+        same = torch.equal(form(rows, all_keys)[:, :4], form(rows, all_keys[:, :4].contiguous()))
+        table.add_row(name, *medians, "yes" if same else "no")
     return table
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler's notices would stand between the lines of the table
 sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
 import torch
@@ -33,6 +35,7 @@ from model.depth_attention import reference
 from model.language_model import LanguageModel
 from model.layers import forward_layers
 from model.loss import cross_entropy
+from model.sublayers import DepthAttention
 
 SEQUENCE = 512
 # mode: residual, form of the forward pass
@@ -120,7 +123,7 @@ def forward_straightforward(model: LanguageModel, ids: Tensor) -> Tensor:
     return torch.nn.functional.linear(head.norm(read([*blocks, partial], head.depth)), head.weight)
 
 
-def read(sources: list[Tensor], depth: torch.nn.Module) -> Tensor:
+def read(sources: list[Tensor], depth: DepthAttention) -> Tensor:
     return reference(sources, depth.query, depth.key_gain, depth.eps)
 
 

@@ -8,10 +8,11 @@ all of them in one pass, `merge_partial` adds the partial to one of them (two-ph
 source; whoever reads a source again brings its inverse RMS, which is computed once.
 
 **The bits do not depend on who shares a pass.** A stage of a pipeline may hold any part of a block, so the readers of
-one pass vary with the cut. Therefore every reader has its own matrix-vector products (a matrix product would round
-differently with the number of its columns, and on CPU it is slower too) and its own softmax; and the gradient of a
-source is a left fold: what arrived from later layers, then each reader's share, the last reader first. The sources pass
-through `read_finished` unchanged so that what arrived is at hand there, and nothing is left for autograd to add up.
+one pass vary with the cut. Therefore every reader has its own matrix-vector products and its own softmax: one matrix
+product for all rounds differently with the number of its columns (MKL does below 12), and is three times slower at 4
+readers, three times faster at 24. And the gradient of a source is a left fold: what arrived from later layers, then
+each reader's share, the last reader first. The sources pass through `read_finished` unchanged so that what arrived is
+at hand there, and nothing is left for autograd to add up.
 
 **Bytes moved per token**, in units of one source's token, for N sources and S readers, chunks counted while in cache:
 
