@@ -70,6 +70,10 @@ def add_commands(subparsers: Subparsers) -> None:
         "--part", type=_part, default=(1, 1), metavar="I/N", help="do one of N parts of the job; `data merge` ends it"
     )
 
+    tokenize.add_argument(
+        "--ray", action="store_true", help="use the Ray cluster at RAY_ADDRESS (unset: this machine); --workers actors"
+    )
+
     data = _command(subparsers, "data", "check a dataset, or look into it", None)
     commands = data.add_subparsers(required=True, metavar="COMMAND")
     check = _command(
@@ -189,6 +193,7 @@ def _run_tokenize(args: argparse.Namespace) -> int:
                 include=args.include,
                 exclude=args.exclude,
                 part=args.part,
+                on_ray=args.ray,
                 progress=show,
             )
     except KeyboardInterrupt:

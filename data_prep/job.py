@@ -28,6 +28,7 @@ from data_prep.encoder import Encoder
 from data_prep.errors import DepthpipeError
 from data_prep.manifest import write_errors
 from data_prep.plan import Options, Plan
+from data_prep.ray_pool import RayPool
 from data_prep.tokenizer import Tokenizer
 from data_prep.worker import WorkerPool, unit_record
 
@@ -57,12 +58,13 @@ def tokenize_corpus(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     part: tuple[int, int] = (1, 1),
+    on_ray: bool = False,
     progress: ProgressCallback = lambda *_: None,
 ) -> Report:
     """Tokenize `inputs` into the dataset directory `out` (with a validation fraction: `out/train`, `out/validation`).
 
-    `part=(i, n)` does the i-th of n shares of the job and leaves the commit to `merge_parts`. Raises DepthpipeError for
-    wrong input, and when `out` holds another job's work.
+    `part=(i, n)` does the i-th of n shares of the job and leaves the commit to `merge_parts`. With `on_ray` the workers
+    are actors of a Ray cluster. Raises DepthpipeError for wrong input, and when `out` holds another job's work.
     """
     started = time.monotonic()
     out = Path(out)
@@ -76,7 +78,7 @@ def tokenize_corpus(
     with _locked(out / UNFINISHED, part), write_errors(out):
         begin(out, plan, tokenizer)
         own = range(part[0] - 1, len(plan.units), part[1])
-        _do_units(plan, tokenizer, out / UNFINISHED, own, workers, progress)
+        _do_units(plan, tokenizer, out / UNFINISHED, own, workers, RayPool if on_ray else WorkerPool, progress)
         if part != (1, 1):
             counters = total([read_result(out / UNFINISHED, unit) for unit in own])
             return Report((), counters, time.monotonic() - started, finished=False)
@@ -102,7 +104,13 @@ def merge_parts(out: str | Path, others: Sequence[str | Path] = ()) -> Report:
 
 
 def _do_units(
-    plan: Plan, tokenizer: Tokenizer, unfinished: Path, own: range, workers: int, progress: ProgressCallback
+    plan: Plan,
+    tokenizer: Tokenizer,
+    unfinished: Path,
+    own: range,
+    workers: int,
+    make_pool: type[WorkerPool] | type[RayPool],
+    progress: ProgressCallback,
 ) -> None:
     done = [unit for unit in own if unit_record(unfinished, unit).exists()]
     before = total([read_result(unfinished, unit) for unit in done])
@@ -112,7 +120,7 @@ def _do_units(
     _remove_partial_files(unfinished, set(missing))
     finished = len(done)
     progress(before.documents, before.tokens, before.text_bytes, finished / len(own))
-    with WorkerPool(plan, tokenizer, unfinished, min(workers, len(missing))) as pool:
+    with make_pool(plan, tokenizer, unfinished, min(workers, len(missing))) as pool:
         for result in pool.run(missing):
             finished += result is not None
             documents, tokens, size = pool.progress()

@@ -25,6 +25,7 @@ class Tokenizer:
 
     def __init__(self, path: Path, model: bytes) -> None:
         self.path = path
+        self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.proto = sentencepiece_model_pb2.ModelProto.FromString(model)
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model, num_threads=1)

@@ -1,0 +1,35 @@
+"""The same job on a local Ray instance gives the same bytes. Needs the `ray` extra."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import DepthpipeError
+from data_prep.job import tokenize_corpus
+from data_prep.plan import Options
+
+pytest.importorskip("ray", reason="the ray extra is not installed")
+
+
+def contents(directory: Path) -> dict[str, str]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_ray_makes_the_same_bytes_and_names_what_is_wrong(
+    corpus: Path, tokenizer_path: Path, dataset: Path, tmp_path: Path
+) -> None:
+    options = Options(chunk_tokens=4096)
+    progress: list[tuple[int, int, int, float]] = []
+    arguments = {"workers": 2, "include": ["*.py"], "options": options, "on_ray": True}
+    tokenize_corpus(
+        [str(corpus)], tokenizer_path, tmp_path / "data", progress=lambda *done: progress.append(done), **arguments
+    )
+    assert contents(tmp_path / "data") == contents(dataset)
+    assert progress[-1][3] == 1.0
+    (tmp_path / "bad.jsonl").write_text("broken\n")
+    with pytest.raises(DepthpipeError, match=r"bad\.jsonl:1: not valid JSON"):
+        tokenize_corpus([str(tmp_path / "bad.jsonl")], tokenizer_path, tmp_path / "out", **arguments)
