@@ -4,6 +4,7 @@ Each saves its input and no intermediate. On CPU that is also what makes them fa
 of small operators goes into memory for their results.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` (arXiv:2002.05202) where `gate_up` `[..., 2 * size]` holds the gate, then up: `[..., size]`."""
     output: Tensor = _SwiGLU.apply(gate_up)
+    return output
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding (RoFormer, arXiv:2104.09864, equation 34) of `[batch, heads, sequence, head_size]`.
+
+    Channel `i` turns with channel `i + head_size / 2` by the angle `position * theta^(-2 i / head_size)`, as in Llama's
+    and Hugging Face's layout. Computes in fp32 or wider, returns the dtype of `x`.
+    """
+    output: Tensor = _Rotate.apply(x, *_rotary_tables(x.shape[-2], x.shape[-1], theta, x.device))
     return output
 
 
@@ -85,3 +96,33 @@ class _SwiGLU(torch.autograd.Function):
             behind_silu = torch.mul(upstream, up, out=scratch[: len(up)])
             torch.ops.aten.silu_backward.grad_input(behind_silu, gate, grad_input=row_gradient[part, :size])
         return row_gradient.view(gate_up.shape)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # As attributes, because tables that inference mode made and cached cannot be saved for backward.
+        ctx.cos, ctx.sin = cos, sin
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(gradient, ctx.cos, -ctx.sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
+    output = first.new_empty(x.shape)
+    turned_first, turned_second = output.chunk(2, dim=-1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin.to(first.dtype), value=-1)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin.to(first.dtype))
+    return output.to(x.dtype)
+
+
+@lru_cache(maxsize=8)
+def _rotary_tables(sequence: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles: `[sequence, head_size / 2]`, fp32."""
+    exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
+    angles = torch.outer(torch.arange(sequence, device=device, dtype=torch.float32), theta**-exponents)
+    return angles.cos(), angles.sin()

@@ -1,7 +1,5 @@
 """What a transformer layer is made of: Llama's norm and sublayers, with fused projections; and the read over depth."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +7,7 @@ from torch.nn import functional as F
 from model.config import ModelConfig
 from model.depth_attention import depth_attention, depth_key, inverse_rms
 from model.depth_buffer import DepthBuffer
-from model.elementwise import rms_norm, swiglu
+from model.elementwise import rms_norm, rotate, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -88,22 +86,3 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
         return output
-
-
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (RoFormer, arXiv:2104.09864, equation 34) of `[batch, heads, sequence, head_size]`.
-
-    Channel `i` turns with channel `i + head_size / 2`, which is Llama's and Hugging Face's layout.
-    """
-    cos, sin = rotary_tables(x.shape[-2], x.shape[-1], theta, x.device)
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
-
-
-@lru_cache(maxsize=8)
-def rotary_tables(sequence: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `position * theta^(-2 i / head_size)`, each `[sequence, head_size / 2]`, fp32."""
-    exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
-    angles = torch.outer(torch.arange(sequence, device=device, dtype=torch.float32), theta**-exponents)
-    return angles.cos(), angles.sin()

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.depth_attention import CHUNK_ELEMENTS
-from model.elementwise import rms_norm, swiglu
+from model.elementwise import rms_norm, rotate, swiglu
 
 
 def torch_swiglu(gate_up: Tensor) -> Tensor:
@@ -27,6 +27,7 @@ def test_gradcheck() -> None:
     gain = make_input(torch.float64, 6)
     assert torch.autograd.gradcheck(lambda x, g: rms_norm(x, g, 1e-5), (make_input(torch.float64, 3, 4, 6), gain))
     assert torch.autograd.gradcheck(swiglu, make_input(torch.float64, 3, 4, 10))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, 50.0), make_input(torch.float64, 1, 2, 3, 4))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
@@ -53,3 +54,22 @@ def test_only_inputs_are_saved() -> None:
         swiglu(x)
     kept = [t for t in saved if t.data_ptr() not in (x.data_ptr(), gain.data_ptr())]
     assert [t.shape for t in kept] == [(8,)]  # the inverse RMS
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_rotation_is_a_complex_product(dtype: torch.dtype, bound: float) -> None:
+    x = make_input(dtype, 2, 3, 11, 8).detach()
+    pairs = torch.complex(*x.double().chunk(2, dim=-1))
+    angles = torch.outer(torch.arange(11), 100.0 ** -(torch.arange(4) / 4)).double()
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    assert (rotate(x, 100.0).double() - expected).norm() <= bound * expected.norm()
+
+
+def test_training_follows_inference_mode() -> None:
+    x = make_input(torch.float32, 1, 2, 13, 6)
+    with torch.inference_mode():
+        inferred = rotate(x.detach(), 77.0)  # makes and caches the tables
+    trained = rotate(x, 77.0)
+    trained.sum().backward()
+    assert torch.equal(trained, inferred)
