@@ -14,7 +14,7 @@ import zstandard
 from pyarrow import parquet
 
 from data_prep import containers, documents, plan
-from data_prep.corpus import find_files
+from data_prep.corpus import CorpusFile, Kind, find_files
 from data_prep.documents import DocumentReader, first_cut, last_cut
 from data_prep.errors import DepthpipeError
 from data_prep.plan import Options, Plan
@@ -214,3 +214,25 @@ def test_inputs_are_found_by_suffix_include_exclude_and_glob(tmp_path: Path) -> 
     assert names([str(tmp_path)], include=["*.py"], exclude=["sub/*", "b.*"]) == ["tests/d.py"]
     assert names([str(tmp_path / "**/*.py")]) == ["b.py", "e.py", "d.py"]
     assert names([str(tmp_path / "c.md"), str(tmp_path)]) == ["c.md", "a.txt", "sub/f.txt"]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "jsonl.gz", "jsonl.zst"])
+def test_one_giant_file_among_small_ones_is_work_for_all_cores(kind: Kind) -> None:
+    giant = CorpusFile("giant", "giant", kind, 10 << 30, 0)
+    small = [CorpusFile(f"{i}.txt", f"{i}.txt", "text", 20_000, 0) for i in range(1000)]
+    units = Plan.make([giant, *small], "", Options(), cuttable=True).units
+    with_giant = [unit for unit in units if any(piece.file == 0 for piece in unit)]
+    assert len(with_giant) >= (8 if kind in ("jsonl.gz", "jsonl.zst") else 40)
+    assert len(units) < 1000
+    covered = sorted((piece.start, piece.stop) for unit in units for piece in unit if piece.file == 0)
+    if kind in ("text", "jsonl"):
+        assert [start for start, _ in covered] == [0, *(stop for _, stop in covered[:-1])]
+        assert covered[-1][1] == giant.size
+    else:
+        assert covered == [(share, 8) for share in range(8)]
+    assert sorted(piece.file for unit in units for piece in unit if piece.file) == list(range(1, 1001))
+
+
+def test_a_giant_text_is_one_unit_for_a_model_that_may_not_be_cut() -> None:
+    giant = CorpusFile("giant", "giant", "text", 10 << 30, 0)
+    assert len(Plan.make([giant], "", Options(), cuttable=False).units) == 1
