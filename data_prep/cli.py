@@ -19,6 +19,7 @@ from data_prep.checks import statistics, verify
 from data_prep.errors import DepthpipeError
 from data_prep.job import Report, merge_parts, tokenize_corpus
 from data_prep.plan import Options
+from data_prep.tokenizer import Tokenizer
 from data_prep.training import train_tokenizer
 
 if TYPE_CHECKING:
@@ -165,6 +166,8 @@ def _run_tokenizer_train(args: argparse.Namespace) -> int:
 
 
 def _run_tokenize(args: argparse.Namespace) -> int:
+    if not Tokenizer.load(args.tokenizer).is_lossless:
+        _print(f"{args.tokenizer}: note: this model rewrites text (its normaliser or its unknown piece does)")
     options = Options(
         text_key=args.text_key,
         documents=args.documents,

@@ -90,6 +90,8 @@ def _stripes(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _decompressed(file: CorpusFile) -> Iterator[bytes]:
+    if file.size == 0:
+        raise DamagedArchive("it is empty")
     try:
         yield from _gzip_blocks(file.path) if file.kind == "jsonl.gz" else _zstd_blocks(file.path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -48,12 +48,11 @@ def find_files(inputs: Sequence[str], include: Sequence[str] = (), exclude: Sequ
         for path in paths:
             for file in _files_under(path, include, exclude):
                 found.setdefault(os.path.realpath(file.path), file)
-    files = [file for file in found.values() if file.size > 0 or file.kind == "text"]
-    if not any(file.size for file in files):
+    if not any(file.size for file in found.values()):
         raise DepthpipeError(
             f"{' '.join(inputs)}: no text found: expected {', '.join(SUFFIXES)} files, or name others with --include"
         )
-    return files
+    return list(found.values())
 
 
 def _files_under(path: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[CorpusFile]:

@@ -16,6 +16,7 @@ from data_prep.errors import DepthpipeError
 READ_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16
 ROWS_AT_ONCE = 256
+LINE_BUFFER_BYTES = 1 << 16
 # Where the encoder may be restarted inside a document: in front of a run of spaces, and after a newline.
 CUT = re.compile(rb"(?<=\n)|(?<=[^ ])(?= )")
 
@@ -96,22 +97,24 @@ class DocumentReader:
             start = first_cut(stream, start, file.size)
             stop = first_cut(stream, stop, file.size)
             stream.seek(start)
-            rest = b""
+            rest = bytearray()
             position = start
             while position < stop:
                 block = stream.read(min(READ_BYTES, stop - position))
                 if not block:
                     raise OSError("it became shorter while it was read")
                 position += len(block)
+                searched = len(rest)
                 rest += block
-                cut = last_cut(rest) if self.cuttable and position < stop else len(rest) * (position == stop)
+                at_end = position == stop
+                cut = len(rest) if at_end else last_cut(rest, searched) if self.cuttable else 0
                 if cut:
-                    yield Fragment(head, self._decode(rest[:cut]), ends=position == stop == file.size)
-                    rest = rest[cut:]
+                    yield Fragment(head, self._decode(bytes(rest[:cut])), ends=at_end and stop == file.size)
+                    del rest[:cut]
 
     def _lines(self, file: CorpusFile, start: int, stop: int) -> Iterator[Fragment]:
         parse = self._parse_json if file.kind == "jsonl" else self._parse_line
-        with open(file.path, "rb") as stream:
+        with open(file.path, "rb", buffering=LINE_BUFFER_BYTES) as stream:
             if start:
                 stream.seek(start - 1)
                 stream.readline()
@@ -220,11 +223,13 @@ def first_cut(stream: IO[bytes], position: int, size: int) -> int:
         window += more
 
 
-def last_cut(data: bytes) -> int:
-    """The last place in `data` where a document may be cut; 0 when there is none."""
-    newline = data.rfind(b"\n") + 1
-    space = data.rfind(b" ")
-    return max(newline, len(data[: space + 1].rstrip(b" ")) if space > 0 else 0)
+def last_cut(data: bytes | bytearray, start: int = 0) -> int:
+    """The last place in `data`, from about `start` on, where a document may be cut; 0 when there is none."""
+    newline = data.rfind(b"\n", start) + 1
+    space = data.rfind(b" ", start)
+    while space > 0 and data[space - 1] == ord(" "):
+        space -= 1
+    return max(newline, space, 0)
 
 
 def _line_number(path: str, position: int) -> int:

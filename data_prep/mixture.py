@@ -13,6 +13,7 @@ from data_prep.errors import DepthpipeError
 from data_prep.order import Int64Array, permutation
 
 WEIGHT_SCALE = 1 << 32
+MIN_SHARE = 1e-6
 
 
 class Mixture:
@@ -31,7 +32,9 @@ class Mixture:
         total = math.fsum(weight for _, weight in weights)
         cumulative = [math.fsum(weight for _, weight in weights[: i + 1]) / total for i in range(len(weights))]
         self._cumulative = [round(share * WEIGHT_SCALE) for share in cumulative]
-        smallest = min(weight for _, weight in weights) / total
+        smallest, rarest = min((weight / total, name) for name, weight in weights)
+        if smallest < MIN_SHARE:
+            raise DepthpipeError(f"{rarest}: less than a millionth of the mixture: raise its weight or leave it out")
         # Two sequences or more of every source in a round: rounding can then never make a count negative.
         self._round_size = max(256, 1 << math.ceil(math.log2(2 / smallest)))
         self._seed = seed

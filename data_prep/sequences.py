@@ -66,6 +66,7 @@ class SequenceStream:
         self.seed = seed
         self.skipped: list[int] = []  # global numbers of the sequences that could not be read
         self._on_bad_shard = on_bad_shard
+        self._window_tokens = window_tokens
         self._datasets = [
             _Dataset(source.path, sequence_length, seed + number, window_tokens, cache_dir, cache_bytes)
             for number, source in enumerate(sources)
@@ -127,6 +128,7 @@ class SequenceStream:
         return {
             "seed": self.seed,
             "sequence_length": self.sequence_length,
+            "window_tokens": self._window_tokens,
             "sources": [
                 {"dataset": manifest.fingerprint, "weight": weight}
                 for manifest, weight in zip(self.manifests, self._weights, strict=True)

@@ -26,6 +26,7 @@ Columns = Literal["inputs", "labels", "both"]
 Batch = tuple[torch.Tensor | None, ...]
 POSITION_VERSION = 1
 READ_TOKENS = 1 << 17
+CLOSE_SECONDS = 2.0  # a download may hang; the thread is a daemon and ends with the process
 
 
 class BatchLoader:
@@ -97,7 +98,8 @@ class BatchLoader:
     def close(self) -> None:
         """End the background thread. `next` must not be called afterwards."""
         self._stop.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
             _drain(self._queue)
             self._thread.join(timeout=0.05)
 
@@ -174,11 +176,12 @@ def _samples_consumed(stream: SequenceStream, position: dict[str, Any] | None) -
             f"data position: version {position.get('version')}, this depthpipe reads {POSITION_VERSION}"
         )
     identity = stream.identity()
-    for key, config in (("sources", "data.train"), ("sequence_length", "data.sequence_length"), ("seed", "run.seed")):
-        if position[key] != identity[key]:
+    names = {"sources": "data.train", "sequence_length": "data.sequence_length", "seed": "run.seed"}
+    for key, value in identity.items():
+        if position.get(key) != value:
             raise DepthpipeError(
-                f"{config}: differs from the run that the checkpoint comes from, so its data position means nothing "
-                "here: restore it, or start a new run"
+                f"{names.get(key, key)}: differs from the run that the checkpoint comes from, so its data "
+                "position means nothing here: restore it, or start a new run"
             )
     return int(position["samples"])
 

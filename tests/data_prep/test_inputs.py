@@ -192,6 +192,16 @@ def test_a_damaged_archive_is_named_or_its_sound_start_kept(
     assert set(texts[:200]) <= set(got)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_an_empty_file_that_should_be_an_archive_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(DepthpipeError, match=rf"{name}.*(empty|not a readable)"):
+        read_all(tmp_path)
+    got, reader = read_all(tmp_path, skip_bad=True)
+    assert got == ["text"] and reader.counters.skipped == 1
+
+
 def test_a_damaged_parquet_file_is_named_or_skipped(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but no more")
     write_parquet(tmp_path / "good.parquet", ["x", "y"])

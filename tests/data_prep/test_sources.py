@@ -73,6 +73,11 @@ def test_weights_that_are_none_are_named(weight: float, dataset: Path) -> None:
         SequenceStream([DatasetSource(str(dataset)), DatasetSource(str(dataset), weight)], LENGTH, 0)
 
 
+def test_a_share_too_small_to_be_exact_is_named(dataset: Path) -> None:
+    with pytest.raises(DepthpipeError, match="less than a millionth of the mixture"):
+        SequenceStream([DatasetSource(str(dataset)), DatasetSource(str(dataset), 1e-9)], LENGTH, 0)
+
+
 def test_a_mixture_reads_each_source_in_its_own_order(dataset: Path, many_shards: Path) -> None:
     sources = [DatasetSource(str(dataset), 1.0), DatasetSource(str(many_shards), 2.0)]
     stream = SequenceStream(sources, LENGTH, 3)

@@ -155,6 +155,7 @@ def test_a_position_of_another_stream_is_refused(dataset: Path, stream: Sequence
     for other, key in (
         (SequenceStream([DatasetSource(str(dataset))], LENGTH, seed=8), "run.seed"),
         (SequenceStream([DatasetSource(str(dataset))], 64, seed=7), "data.sequence_length"),
+        (SequenceStream([DatasetSource(str(dataset))], LENGTH, seed=7, window_tokens=5000), "window_tokens"),
         (SequenceStream([DatasetSource(str(dataset), 1.0), DatasetSource(str(dataset), 1.0)], LENGTH, 7), "data.train"),
     ):
         with pytest.raises(DepthpipeError, match=key):
