@@ -209,6 +209,8 @@ def print_table(rates: Rates, bytes_per_token: float) -> None:
         for kind in (0, 1):
             ratios = [mine[kind] / theirs[kind] for mine, theirs in zip(ours, values, strict=True)]
             cells.append(f"{statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})")
+        if name.startswith("datatrove"):
+            cells[1] = "its workers' is not reported"
         shown = ["", ""] if values is ours else cells
         table.add_row(name, f"{median / 1e6:.2f}", f"{median * bytes_per_token / 1e6:.1f}", *shown)
     console.print(table)

@@ -7,13 +7,14 @@ else is a look-up: whole blocks of text at a time, in NumPy, with no Python obje
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data_prep.cuts import END_BYTE, cut_rules
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import SPACE_SYMBOL, Tokenizer
 
 Int64Array = npt.NDArray[np.int64]
 KeyArray = npt.NDArray[np.uint64]
@@ -27,6 +28,7 @@ MAX_CHUNKS = 1 << 19  # both limits keep a worker's cache under about 200 MB
 MAX_POOL_TOKENS = 1 << 23
 PROBES = 8
 END = bytes([END_BYTE])
+SPACE_SYMBOL_BYTES = SPACE_SYMBOL.encode()
 # By how many bytes of a word belong to a chunk: what to keep of the eight bytes read there.
 WORD_MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)
 
@@ -157,32 +159,49 @@ class _ChunkCache:
     def _look_up(self, block: bytes, starts: Int64Array, lengths: Int64Array, keys: KeyArray) -> list[int]:
         """Entries by the dictionary, which has every chunk; new ones are encoded, and the short put into the table."""
         chunks = [block[start : start + size] for start, size in zip(starts.tolist(), lengths.tolist(), strict=True)]
-        new = {chunk: place for place, chunk in enumerate(chunks) if chunk not in self._entries}
+        known = self._entries
+        new = {chunk: place for place, chunk in enumerate(chunks) if chunk not in known}
+        if new:
+            first = len(known)
+            known.update(zip(new, range(first, first + len(new)), strict=True))
+            self._add(first, self._encode(list(new)))
+            places = np.fromiter(new.values(), np.int64, len(new))
+            short = lengths[places] <= KEY_BYTES
+            self._insert(keys[:, places[short]], np.arange(first, first + len(new))[short])
+        return [known[chunk] for chunk in chunks]
+
+    def _encode(self, chunks: list[bytes]) -> list[list[int]]:
+        texts = ["" if chunk == END else chunk.decode() for chunk in chunks]
+        ids: list[list[int]] = self._tokenizer.processor.encode(texts)
+        for place, chunk in enumerate(chunks):
+            if chunk == END:
+                ids[place] = [self._tokenizer.end_of_document_id]
+            elif SPACE_SYMBOL_BYTES in chunk:
+                ids[place] = self._tokenizer.encode(texts[place])
+        return ids
+
+    def _add(self, first: int, ids: list[list[int]]) -> None:
+        """Make entries from number `first` on."""
+        sizes = np.fromiter(map(len, ids), np.int64, len(ids))
+        ends = self._pool_used + np.cumsum(sizes)
+        self._offsets = _with_room(self._offsets, first + len(ids))
+        self._sizes = _with_room(self._sizes, first + len(ids))
+        self._pool = _with_room(self._pool, int(ends[-1]))
+        self._offsets[first : first + len(ids)] = ends - sizes
+        self._sizes[first : first + len(ids)] = sizes
+        self._pool[self._pool_used : int(ends[-1])] = np.fromiter(chain.from_iterable(ids), self._dtype)
+        self._pool_used = int(ends[-1])
+
+    def _insert(self, keys: KeyArray, entries: Int64Array) -> None:
+        """Put new entries into the table. Those that find no slot nearby stay with the dictionary alone."""
         slots = _hash(keys)
-        for chunk, place in new.items():
-            ids = self._encode(chunk)
-            entry = self._entries[chunk] = len(self._entries)
-            self._offsets = _with_room(self._offsets, entry + 1)
-            self._sizes = _with_room(self._sizes, entry + 1)
-            self._pool = _with_room(self._pool, self._pool_used + len(ids))
-            self._offsets[entry], self._sizes[entry] = self._pool_used, len(ids)
-            self._pool[self._pool_used : self._pool_used + len(ids)] = ids
-            self._pool_used += len(ids)
-            if len(chunk) <= KEY_BYTES:
-                self._insert(keys[:, place], int(slots[place]), entry)
-        return [self._entries[chunk] for chunk in chunks]
-
-    def _encode(self, chunk: bytes) -> list[int]:
-        return [self._tokenizer.end_of_document_id] if chunk == END else self._tokenizer.encode(chunk.decode())
-
-    def _insert(self, key: KeyArray, slot: int, entry: int) -> None:
         for _ in range(PROBES):
-            if self._entry_table[slot] < 0:
-                self._key_table[:, slot] = key
-                self._entry_table[slot] = entry
-                return
-            slot = (slot + 1) & SLOT_MASK
-        # No room nearby: the dictionary has it.
+            free = self._entry_table[slots] < 0
+            self._entry_table[slots[free]] = entries[free]
+            placed = self._entry_table[slots] == entries  # of several for one slot, the last
+            self._key_table[:, slots[placed]] = keys[:, placed]
+            keys, entries = keys[:, ~placed], entries[~placed]
+            slots = (slots[~placed] + 1) & SLOT_MASK
 
 
 def _keys(block: bytes, starts: Int64Array, lengths: Int64Array) -> KeyArray:
