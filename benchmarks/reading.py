@@ -185,8 +185,8 @@ def print_rates(results: dict[str, list[dict[str, float]]]) -> None:
     one_column = statistics.median(values["one column"] for values in results["depthpipe"])
     console.print(table)
     console.print(
-        f"depthpipe's loader gives inputs and labels, int64 both; the peers' gives uint16 rows. For a stage that reads\n"
-        f"inputs alone: {one_column:,.0f} sequences per second."
+        "depthpipe's loader gives inputs and labels as int64, the peers' rows as they are stored. For a stage that\n"
+        f"reads inputs alone: {one_column:,.0f} sequences per second."
     )
 
 
