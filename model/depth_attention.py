@@ -149,9 +149,10 @@ class _ReadFinished(torch.autograd.Function):
         scalars = [inverse.new_ones(2, len(rows[0])) for _ in keys]
         for part in chunks(rows[0]):
             values = [row[part].to(inverse.dtype) for row in rows]
-            for key, mean, logit, scalar in zip(keys, mean_rows, logits, scalars, strict=True):
-                for i, value in enumerate(values):
+            for i, value in enumerate(values):
+                for key, logit in zip(keys, logits, strict=True):
                     torch.mv(value, key, out=logit[i, part])
+            for mean, logit, scalar in zip(mean_rows, logits, scalars, strict=True):
                 logit[:, part] *= inverse[:, part]
                 weights = logit[:, part].softmax(0).unsqueeze(-1)
                 torch.logsumexp(logit[:, part], 0, out=scalar[0, part])
