@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Before torch is imported, here and in the workers: their notices would stand between the lines of the table.
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "5"}
@@ -44,10 +45,9 @@ from model.language_model import LanguageModel
 from model.layers import Embedding, OutputHead
 from model.loss import cross_entropy
 from pipeline.config import Config, DataSection, OptimizerSection, ParallelSection, RunSection, TrainSection
-from pipeline.engine import DepthPipelineEngine
 from pipeline.module import DepthPipelineModule
 from pipeline.plan import plan_stages
-from pipeline.runtime import _init_process_group, deepspeed_settings
+from pipeline.runtime import _init_process_group, deepspeed_settings, start_engine
 from tests import worker_pool
 
 MICRO_BATCHES = 8
@@ -198,8 +198,11 @@ def read(depth: Any, tensors: tuple[Tensor, ...]) -> Tensor:
 
 def build_engine(config: Config, stock: bool) -> Any:
     """DeepSpeed's engine or ours, in the process group that exists, with the same weights and the same cut."""
+    if not stock:
+        with mock.patch("pipeline.runtime._init_process_group"):
+            return start_engine(config)
     stages = config.parallel.pipeline
-    module = (SeparateReads if stock else DepthPipelineModule)(
+    module = SeparateReads(
         config.model,
         plan_stages(config.model, stages, SEQUENCE),
         config.run.seed,
@@ -207,18 +210,14 @@ def build_engine(config: Config, stock: bool) -> Any:
         topology=PipeDataParallelTopology(num_pp=stages, num_dp=1),
     )
     settings = deepspeed_settings(config)
-    arguments = {
-        "args": None,
-        "model": module,
-        "optimizer": make_optimizer(config, module),
-        "mpu": module.mpu(),
-        "config": settings,
-        "config_class": DeepSpeedConfig(settings, module.mpu()),
-    }
-    if stock:
-        return PipelineEngine(**arguments)
-    hop_shape = (1, SEQUENCE, config.model.hidden_size)
-    return DepthPipelineEngine(hop_shape=hop_shape, hop_dtype=torch.float32, tie_weights=False, **arguments)
+    return PipelineEngine(
+        args=None,
+        model=module,
+        optimizer=make_optimizer(config, module),
+        mpu=module.mpu(),
+        config=settings,
+        config_class=DeepSpeedConfig(settings, module.mpu()),
+    )
 
 
 def measure(config: Config, rounds: int) -> dict[str, Any]:

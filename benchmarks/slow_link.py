@@ -33,7 +33,7 @@ from pipeline_engine import Batches, build_engine, describe, make_config, table
 from rich.console import Console
 from torch import Tensor
 
-from pipeline.depth_buffer import Receiver, Sender
+from pipeline.depth_buffer import Receiver, Sender, _slices
 from pipeline.runtime import _init_process_group
 from tests import worker_pool
 
@@ -175,11 +175,18 @@ class BlockingReceiver(Receiver):
     """Posts a receive when it is needed, and waits for it."""
 
     def begin(self, micro_batches: int) -> None:
-        self._to_post = micro_batches
         self._arrived: deque[tuple[Tensor, ...]] = deque()
+        super().begin(micro_batches)
+
+    def _post(self) -> None:
+        """Nothing is posted ahead."""
 
     def take(self) -> None:
-        self._arrived.append(super().receive())
+        super()._post()
+        works, buffer = self._posted.popleft()
+        for work in works:
+            work.wait()
+        self._arrived.append(_slices(buffer))
 
     def receive(self) -> tuple[Tensor, ...]:
         return self._arrived.popleft()
@@ -194,12 +201,8 @@ class BlockingSchedule(instructions.TrainSchedule):
 
 def make_blocking(engine: Any) -> None:
     """Give an engine, in place of its own, blocking links and DeepSpeed's order of messages."""
-    for stage in engine._stages:
-        for name, link in list(vars(stage).items()):
-            if isinstance(link, Sender):
-                setattr(stage, name, BlockingSender(link.layout, link.peer, link.group, link.name))
-            elif isinstance(link, Receiver):
-                setattr(stage, name, BlockingReceiver(link.layout, link.peer, link.group, link.name, link.device))
+    for link in engine._links((Sender, Receiver)):
+        link.__class__ = BlockingSender if isinstance(link, Sender) else BlockingReceiver
     engine._train_schedule = lambda: BlockingSchedule(engine.micro_batches, engine.num_stages, engine.stage_id)
     engine._INSTRUCTION_MAP = {
         **engine._INSTRUCTION_MAP,
