@@ -142,6 +142,8 @@ def _run_tokenizer_train(args: argparse.Namespace) -> int:
     with _progress("{task.description}") as bar:
         task = bar.add_task("reading text", total=None)
 
+        bar.start()
+
         def show(read: int, wanted: int) -> None:
             done = read >= wanted
             bar.update(task, completed=read, total=wanted, description="training" if done else "reading text")
@@ -180,9 +182,10 @@ def _run_tokenize(args: argparse.Namespace) -> int:
         with _progress(
             "{task.fields[documents]:,} documents", "{task.fields[tokens]:,} tokens", "{task.fields[speed]}"
         ) as bar:
-            task = bar.add_task("tokenizing", total=1.0, documents=0, tokens=0, speed="", start=True)
+            task = bar.add_task("tokenizing", total=1.0, documents=0, tokens=0, speed="")
 
             def show(documents: int, tokens: int, size: int, share: float) -> None:
+                bar.start()  # its thread must not run before the workers are forked
                 first[:] = first or [tokens]
                 speed = (tokens - first[0]) / max(time.monotonic() - started, 1e-9)
                 bar.update(task, completed=share, documents=documents, tokens=tokens, speed=f"{speed:,.0f} tokens/s")
@@ -235,6 +238,7 @@ def _print_report(report: Report, out: str) -> None:
 def _run_verify(args: argparse.Namespace) -> int:
     with _progress("{task.description}") as bar:
         task = bar.add_task("reading shards", total=None)
+        bar.start()
         problems = verify(args.dir, lambda read, total: bar.update(task, completed=read, total=total))
     for problem in problems:
         _print(problem)
@@ -267,6 +271,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(*columns: str) -> Iterator[Progress]:
+    """A progress bar that its first `start` shows, and that is gone afterwards."""
     shown: list[Any] = [BarColumn(), *map(TextColumn, columns), TimeElapsedColumn(), TimeRemainingColumn()]
     # Where the output is no terminal, a bar is noise; the closing line says all.
     progress = Progress(*shown, console=console, transient=True, disable=not console.is_terminal)

@@ -46,8 +46,9 @@ def find_files(inputs: Sequence[str], include: Sequence[str] = (), exclude: Sequ
         if not paths:
             raise DepthpipeError(f"{given}: no such file, directory or glob: check the path")
         for path in paths:
+            root = os.path.realpath(path)
             for file in _files_under(path, include, exclude):
-                found.setdefault(os.path.realpath(file.path), file)
+                found.setdefault(os.path.normpath(os.path.join(root, os.path.relpath(file.path, path))), file)
     if not any(file.size for file in found.values()):
         raise DepthpipeError(
             f"{' '.join(inputs)}: no text found: expected {', '.join(SUFFIXES)} files, or name others with --include"

@@ -119,8 +119,9 @@ def _do_units(
         return
     _remove_partial_files(unfinished, set(missing))
     finished = len(done)
-    progress(before.documents, before.tokens, before.text_bytes, finished / len(own))
     with make_pool(plan, tokenizer, unfinished, min(workers, len(missing))) as pool:
+        # Not before the workers are forked: what shows progress may start a thread.
+        progress(before.documents, before.tokens, before.text_bytes, finished / len(own))
         for result in pool.run(missing):
             finished += result is not None
             documents, tokens, size = pool.progress()

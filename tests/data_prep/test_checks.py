@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import random
+import re
 import shutil
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
+from data_prep import cli
 from data_prep.checks import verify
-from data_prep.cli import add_commands
 from data_prep.errors import DepthpipeError
 from data_prep.manifest import Manifest
 
@@ -23,7 +30,7 @@ def copy(dataset: Path, tmp_path: Path) -> Path:
 
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers(required=True))
+    cli.add_commands(parser.add_subparsers(required=True))
     args = parser.parse_args(arguments)
     return args.run(args)
 
@@ -113,6 +120,38 @@ def test_the_commands_make_check_and_show_a_dataset(
     (tmp_path / "data" / "shards" / "000000.tar").write_bytes(b"x")
     with pytest.raises(DepthpipeError, match="1 problem found"):
         run("data", "verify", out)
+
+
+def test_a_terminal_shows_documents_tokens_and_speed_while_it_works(
+    corpus: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(cli, "console", Console(file=screen, force_terminal=True, width=150, color_system=None))
+    inputs = (str(corpus), "--include", "*.py")
+    assert run("tokenize", *inputs, "--tokenizer", str(tokenizer_path), "--out", str(tmp_path / "data")) == 0
+    shown = screen.getvalue()
+    assert re.search(r"━ .*[1-9][\d,]* documents [\d,]+ tokens [\d,]+ tokens/s", shown)
+
+
+def test_ctrl_c_ends_in_a_word_and_the_same_command_goes_on(
+    corpus: Path,
+    tokenizer_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("tokenize", str(corpus), "--include", "*.py", "--tokenizer", str(tokenizer_path))
+    out = str(tmp_path / "data")
+
+    def interrupt(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", interrupt)
+        assert run(*arguments, "--out", out) == 130
+    assert f"{out}: stopped; the same command goes on from here" in capsys.readouterr().out
+    assert psutil.Process().children() == []
+    assert run(*arguments, "--out", out) == 0
 
 
 def test_counts_of_what_was_left_out_are_printed(
