@@ -29,13 +29,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return output
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
+def rotate(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv:2104.09864, equation 34) of `[batch, heads, sequence, head_size]`.
 
     Channel `i` turns with channel `i + head_size / 2` by the angle `position * theta^(-2 i / head_size)`, as in Llama's
-    and Hugging Face's layout. Computes in fp32 or wider, returns the dtype of `x`.
+    and Hugging Face's layout. Computes in fp32 or wider, returns the dtype of `x`. Positions count from 0, or are given
+    as int64 `[batch, sequence]`, each below `sequence`.
     """
-    output: Tensor = _Rotate.apply(x, *_rotary_tables(x.shape[-2], x.shape[-1], theta, x.device))
+    cos, sin = _rotary_tables(x.shape[-2], x.shape[-1], theta, x.device)
+    if positions is not None:
+        cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    output: Tensor = _Rotate.apply(x, cos, sin)
     return output
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from model.config import ModelConfig
 from model.depth_buffer import DepthBuffer
 from model.diagnostics import DepthObserver
+from model.documents import Documents
 from model.sublayers import DepthAttention, RMSNorm
 from model.transformer_layer import TransformerLayer, finished_sources, forward_block
 
@@ -70,7 +71,11 @@ def build_layer(config: ModelConfig, index: int, seed: int) -> nn.Module:
 
 
 def forward_layers(
-    layers: Sequence[nn.Module], x: Any, checkpoint: bool = False, observer: DepthObserver | None = None
+    layers: Sequence[nn.Module],
+    x: Any,
+    checkpoint: bool = False,
+    observer: DepthObserver | None = None,
+    documents: Tensor | None = None,
 ) -> Any:
     """Run consecutive layers on `x`: token ids, or the depth buffer at the first one's entrance.
 
@@ -79,17 +84,20 @@ def forward_layers(
 
     checkpoint: keep, of every transformer layer, only the partial at its entrance, and run the layer again in the
     backward pass. The finished sources are kept once, as without. Same bits; layers of a block then no longer share a
-    read of the finished sources. observer: collects attention weights and magnitudes of this call.
+    read of the finished sources. observer: collects attention weights and magnitudes of this call. documents: the
+    number of each token's document, int `[batch, sequence]`; attention then stays inside documents and positions
+    restart in each.
     """
+    inside = Documents.of(documents) if documents is not None else None
     for group in _groups(layers, checkpoint):
         if isinstance(group[0], Embedding):
             x = group[0](x)
         elif isinstance(group[0], OutputHead):
             x = group[0](x, observer)
         elif checkpoint:
-            x = _forward_checkpointed(group[0], x, observer)
+            x = _forward_checkpointed(group[0], x, observer, inside)
         else:
-            x = forward_block(group, x, observer)
+            x = forward_block(group, x, observer, inside)
     return x
 
 
@@ -111,14 +119,17 @@ def _groups(layers: Sequence[nn.Module], checkpoint: bool) -> Iterator[list[Any]
         yield group
 
 
-def _forward_checkpointed(layer: TransformerLayer, buffer: DepthBuffer, observer: DepthObserver | None) -> DepthBuffer:
+def _forward_checkpointed(
+    layer: TransformerLayer, buffer: DepthBuffer, observer: DepthObserver | None, documents: Documents | None
+) -> DepthBuffer:
     # Statistics are computed out here, once: inside, every layer's second run would compute them again.
     statistics = buffer.statistics if layer.residual == "standard" else finished_sources(layer, buffer)[1]
     observers = [observer]
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         first_run_only = observers.pop() if observers else None
-        return forward_block([layer], DepthBuffer(tensors[:-1], tensors[-1], statistics), first_run_only).tensors()
+        entering = DepthBuffer(tensors[:-1], tensors[-1], statistics)
+        return forward_block([layer], entering, first_run_only, documents).tensors()
 
     tensors = recompute_in_backward(run, *buffer.tensors(), use_reentrant=False, preserve_rng_state=False)
     return DepthBuffer(tensors[:-1], tensors[-1], statistics)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from model.config import ModelConfig
 from model.depth_attention import depth_attention, depth_key, inverse_rms
 from model.depth_buffer import DepthBuffer
+from model.documents import Documents
 from model.elementwise import rms_norm, rotate, swiglu
 
 
@@ -50,7 +51,8 @@ class DepthAttention(nn.Module):
 class SelfAttention(nn.Module):
     """Causal grouped-query attention with rotary positions: `[batch, sequence, hidden]` to the same.
 
-    `qkv_proj` holds the rows of Llama's `q_proj`, `k_proj` and `v_proj`, in this order.
+    `qkv_proj` holds the rows of Llama's `q_proj`, `k_proj` and `v_proj`, in this order. With `documents`, attention
+    stays inside each document and positions restart there.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -63,14 +65,17 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
         batch, sequence, _ = x.shape
         qkv = self.qkv_proj(x).view(batch, sequence, -1, self.head_size).transpose(1, 2)
         rotated, value = qkv.split([self.num_heads + self.num_key_value_heads, self.num_key_value_heads], dim=1)
-        rotated = rotate(rotated, self.rope_theta)
+        rotated = rotate(rotated, self.rope_theta, documents.positions if documents else None)
         query, key = rotated.split([self.num_heads, self.num_key_value_heads], dim=1)
         grouped = self.num_key_value_heads != self.num_heads
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        mask = documents.mask if documents else None
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
         attended: Tensor = self.o_proj(output.transpose(1, 2).reshape(batch, sequence, -1))
         return attended
 

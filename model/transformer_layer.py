@@ -8,6 +8,7 @@ from model.config import ModelConfig
 from model.depth_attention import merge_partial, read_finished
 from model.depth_buffer import DepthBuffer
 from model.diagnostics import DepthObserver
+from model.documents import Documents
 from model.sublayers import MLP, DepthAttention, RMSNorm, SelfAttention
 
 
@@ -30,9 +31,9 @@ class TransformerLayer(nn.Module):
     def forward(self, buffer: DepthBuffer) -> DepthBuffer:
         return forward_block([self], buffer)
 
-    def attend(self, hidden: Tensor) -> Tensor:
+    def attend(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         """The attention sublayer without its residual: `[batch, sequence, hidden]` to the same."""
-        output: Tensor = self.self_attn(self.input_layernorm(hidden))
+        output: Tensor = self.self_attn(self.input_layernorm(hidden), documents)
         return output
 
     def transform(self, hidden: Tensor) -> Tensor:
@@ -42,7 +43,10 @@ class TransformerLayer(nn.Module):
 
 
 def forward_block(
-    layers: Sequence[TransformerLayer], buffer: DepthBuffer, observer: DepthObserver | None = None
+    layers: Sequence[TransformerLayer],
+    buffer: DepthBuffer,
+    observer: DepthObserver | None = None,
+    documents: Documents | None = None,
 ) -> DepthBuffer:
     """Run consecutive layers, of which only the first may start a block; with `full`, one layer.
 
@@ -51,11 +55,11 @@ def forward_block(
     the two reads of a layer share a pass, and the second one merges what the attention gave.
     """
     if layers[0].residual == "standard":
-        return _forward_standard(layers, buffer, observer)
+        return _forward_standard(layers, buffer, observer, documents)
 
     block = _Block(layers, buffer, observer)
     for layer in layers:
-        block.add(layer.attend(block.read()))
+        block.add(layer.attend(block.read(), documents))
         hidden = block.read()
         if layer.residual == "full":
             block.commit_partial()
@@ -112,11 +116,14 @@ class _Block:
 
 
 def _forward_standard(
-    layers: Sequence[TransformerLayer], buffer: DepthBuffer, observer: DepthObserver | None
+    layers: Sequence[TransformerLayer],
+    buffer: DepthBuffer,
+    observer: DepthObserver | None,
+    documents: Documents | None,
 ) -> DepthBuffer:
     hidden = buffer.partial
     for layer in layers:
-        hidden = hidden + layer.attend(hidden)
+        hidden = hidden + layer.attend(hidden, documents)
         hidden = hidden + layer.transform(hidden)
         if observer is not None:
             observer.see_output(layer.index, hidden)

@@ -16,7 +16,19 @@ import yaml
 
 from data_prep.errors import DepthpipeError
 from data_prep.manifest import Manifest
+from data_prep.remote import load_manifest
 from model.config import ModelConfig
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
 
 
 class ConfigError(DepthpipeError):
@@ -40,6 +52,10 @@ class DataSection:
     train: str | list[WeightedDataset]
     validation: str | None = None
     sequence_length: int = 512
+    document_attention: bool = False  # attention and positions stay inside a document
+    on_bad_shard: Literal["error", "skip"] = "error"
+    cache_dir: str | None = None  # where the shards of remote datasets are kept; ~/.cache/depthpipe where absent
+    cache_bytes: int | None = None  # how much of them stays; all of them where absent
 
     def train_datasets(self) -> list[WeightedDataset]:
         return [WeightedDataset(self.train)] if isinstance(self.train, str) else self.train
@@ -290,15 +306,26 @@ def _check_datasets(data: DataSection) -> Manifest:
     """Every dataset is there and was made with one tokenizer. Returns the first training dataset's manifest."""
     if not data.train_datasets():
         raise ConfigError("data.train: an empty list; name at least one dataset directory")
-    first = Manifest.load(data.train_datasets()[0].path)
+    first = load_manifest(data.train_datasets()[0].path, data.cache_dir)
+    _check_length(first, data.train_datasets()[0].path, data.sequence_length)
     others = [dataset.path for dataset in data.train_datasets()[1:]]
     for path in [*others, *([data.validation] if data.validation else [])]:
-        if Manifest.load(path).tokenizer_fingerprint != first.tokenizer_fingerprint:
+        manifest = load_manifest(path, data.cache_dir)
+        _check_length(manifest, path, data.sequence_length)
+        if manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise ConfigError(
                 f"{path}: made with another tokenizer than {data.train_datasets()[0].path}; "
                 "tokenize both with the same .model file"
             )
     return first
+
+
+def _check_length(manifest: Manifest, path: str, sequence_length: int) -> None:
+    if manifest.tokens <= sequence_length:
+        raise ConfigError(
+            f"{path}: its {manifest.tokens} tokens are not one sequence of data.sequence_length {sequence_length} "
+            "and a label; tokenize more text, or lower it"
+        )
 
 
 def _check(config: Config) -> None:
@@ -328,12 +355,26 @@ def _check(config: Config) -> None:
     }.items():
         if value < 0:
             raise ConfigError(f"{key}: {value} must not be negative")
+    if not config.run.dir:
+        raise ConfigError("run.dir: empty; name a directory for the run, for example runs/mine")
+    if not 0 <= config.optimizer.min_lr_ratio <= 1:
+        raise ConfigError(f"optimizer.min_lr_ratio: {config.optimizer.min_lr_ratio} must be between 0 and 1")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas: {config.optimizer.betas} must be two numbers in [0, 1)")
     for dataset in config.data.train_datasets():
         if dataset.weight <= 0:
             raise ConfigError(f"data.train: weight {dataset.weight} of {dataset.path} must be greater than zero")
     _check_parallel(config)
+    _check_deepspeed(config.deepspeed)
+
+
+def _check_deepspeed(section: dict[str, Any]) -> None:
+    for key in section:
+        if key in OWNED_DEEPSPEED_KEYS:
+            raise ConfigError(f"deepspeed.{key}: set {OWNED_DEEPSPEED_KEYS[key]} instead")
+    zero = section.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 1) not in (0, 1):
+        raise ConfigError("deepspeed.zero_optimization: a section whose stage is 0 or 1; pipelines allow no other")
 
 
 def _check_parallel(config: Config) -> None:

@@ -7,6 +7,7 @@ into the memory where the stage will use it; a send is left running while the st
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,19 +28,19 @@ class HopLayout:
     """The form of what crosses one hop, in both directions.
 
     Attributes:
-        num_tensors: finished sources and the running partial that are alive at the cut.
-        shape: ``(micro_batch, sequence, hidden)`` of each.
-        dtype: the training dtype.
+        num_tensors: finished sources and the running partial that are alive at the cut; 1 for document numbers.
+        shape: ``(micro_batch, sequence, hidden)`` of each; ``(micro_batch, sequence)`` of document numbers.
+        dtype: the training dtype; int32 of document numbers.
     """
 
     num_tensors: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
         """Bytes of one micro-batch in one direction."""
-        return self.num_tensors * self.shape[0] * self.shape[1] * self.shape[2] * self.dtype.itemsize
+        return self.num_tensors * math.prod(self.shape) * self.dtype.itemsize
 
     def check(self, tensors: Sequence[Tensor | None], what: str) -> None:
         """Raise TransportError, naming `what` and the tensor, unless `tensors` have this form."""
@@ -62,40 +63,51 @@ class Sender:
         layout: form of each message group.
         peer: global rank that receives.
         group: process group of this direction alone, so that the two directions of a hop never wait for each other.
-        name: the hop in words, for errors.
+        name: what is sent where, for errors.
+        limit: micro-batches under way at most; their memory is held. As many as there are stages never makes 1F1B or
+            DualPipeV wait: no stage runs further ahead of the next one.
     """
 
-    def __init__(self, layout: HopLayout, peer: int, group: dist.ProcessGroup, name: str) -> None:
-        self.layout, self.peer, self.group, self.name = layout, peer, group, name
+    def __init__(self, layout: HopLayout, peer: int, group: dist.ProcessGroup, name: str, limit: int) -> None:
+        self.layout, self.peer, self.group, self.name, self.limit = layout, peer, group, name, limit
         self.bytes_sent = 0
-        self._micro_batch = self._micro_batches = 0
-        self._under_way: deque[tuple[list[dist.Work], tuple[Tensor, ...]]] = deque()
+        self._sent = self._expected = 0
+        self._under_way: deque[tuple[int, list[dist.Work], tuple[Tensor, ...]]] = deque()
 
     def begin(self, micro_batches: int) -> None:
         """Start a step of that many micro-batches."""
-        self._micro_batch, self._micro_batches = 0, micro_batches
+        self._sent, self._expected = 0, micro_batches
 
     def send(self, tensors: Sequence[Tensor | None]) -> None:
         """Start sending; the tensors must not change until they have arrived."""
-        self.layout.check(tensors, f"{self.name}, micro-batch {self._micro_batch}")
-        while self._under_way and all(work.is_completed() for work in self._under_way[0][0]):
-            self._wait_oldest()
+        self.layout.check(tensors, f"{self.name}, micro-batch {self._sent}")
         payload = tuple(tensor.detach().contiguous() for tensor in tensors if tensor is not None)
-        works = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, self.peer, self.group) for tensor in payload])
-        self._under_way.append((works, payload))
-        self.bytes_sent += self.layout.num_bytes
-        self._micro_batch += 1
+        operations = [dist.P2POp(dist.isend, tensor, self.peer, self.group) for tensor in payload]
+        with _naming_the_lost(self.name, self.peer):
+            works = dist.batch_isend_irecv(operations)
+        self._under_way.append((self._sent, works, payload))
+        self.bytes_sent += sum(tensor.nbytes for tensor in payload)
+        self._sent += 1
+        # gloo says that a message is complete only when it is waited for.
+        while len(self._under_way) > self.limit:
+            self._wait_oldest()
+
+    def arrived(self, micro_batch: int) -> None:
+        """The peer has answered this micro-batch: let go of the memory of it and of those before."""
+        while self._under_way and self._under_way[0][0] <= micro_batch:
+            self._wait_oldest()
 
     def finish(self) -> None:
         """Wait until every micro-batch has been handed over. Raises TransportError if one was never sent."""
         while self._under_way:
             self._wait_oldest()
-        if self._micro_batch != self._micro_batches:
-            raise TransportError(f"{self.name}: {self._micro_batch} of {self._micro_batches} micro-batches were sent")
+        if self._sent != self._expected:
+            raise TransportError(f"{self.name}: {self._sent} of {self._expected} micro-batches were sent")
 
     def _wait_oldest(self) -> None:
-        for work in self._under_way.popleft()[0]:
-            work.wait()
+        with _naming_the_lost(self.name, self.peer):
+            for work in self._under_way.popleft()[1]:
+                work.wait()
 
 
 class Receiver:
@@ -110,39 +122,53 @@ class Receiver:
         self.layout, self.peer, self.group, self.name, self.device = layout, peer, group, name, device
         self.clock = WaitClock(device)
         self._posted: deque[tuple[list[dist.Work], Tensor]] = deque()
-        self._to_post = 0
+        self._posts = self._expected = 0
 
     def begin(self, micro_batches: int) -> None:
-        """Start a step of that many micro-batches: post the first receive."""
-        self._to_post = micro_batches
-        self._post()
+        """Start a step of that many micro-batches."""
+        self._posts, self._expected = 0, micro_batches
+
+    def post_first(self) -> None:
+        """Post the first receive of the step, if none is.
+
+        Not before everything that it depends on has been launched: on CUDA a receive occupies the device until its
+        message comes, and whatever waits for the whole device would wait for it.
+        """
+        if self._posts == 0:
+            self._post()
 
     def receive(self) -> tuple[Tensor, ...]:
         """The next micro-batch's tensors, slices of one fresh buffer; posts the receive after it."""
-        self._post()
+        self.post_first()
+        if self._posts < self._expected:
+            self._post()
         works, buffer = self._posted.popleft()
-        with self.clock.waiting():
+        with self.clock.waiting(), _naming_the_lost(self.name, self.peer):
             for work in works:
-                try:
-                    work.wait()
-                except RuntimeError as error:
-                    reason = str(error).splitlines()[0]
-                    raise TransportError(f"{self.name}: lost rank {self.peer} ({reason})") from error
+                work.wait()
         return _slices(buffer)
 
     def finish(self) -> None:
         """The step is over. Raises TransportError if a micro-batch that was expected has not been taken."""
-        if self._posted or self._to_post:
-            left = len(self._posted) + self._to_post
+        left = len(self._posted) + self._expected - self._posts
+        if left:
             raise TransportError(f"{self.name}: {left} expected micro-batches were not used")
 
     def _post(self) -> None:
-        if self._to_post == 0:
-            return
-        self._to_post -= 1
+        self._posts += 1
         buffer = torch.empty((self.layout.num_tensors, *self.layout.shape), dtype=self.layout.dtype, device=self.device)
         operations = [dist.P2POp(dist.irecv, tensor, self.peer, self.group) for tensor in _slices(buffer)]
-        self._posted.append((dist.batch_isend_irecv(operations), buffer))
+        with _naming_the_lost(self.name, self.peer):
+            self._posted.append((dist.batch_isend_irecv(operations), buffer))
+
+
+@contextmanager
+def _naming_the_lost(name: str, peer: int) -> Iterator[None]:
+    """Turn what the network says into an error that names the rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TransportError(f"{name}: lost rank {peer} ({str(error).splitlines()[0]})") from error
 
 
 class WaitClock:

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule as instructions
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
 from pipeline.depth_buffer import HopLayout, Receiver, Sender
@@ -35,6 +36,7 @@ class _Stage:
     """A stage that this rank holds: its links, and its micro-batches under way by their number.
 
     Attributes:
+        documents_in, documents_out: numbers of the documents, where attention stays inside them.
         inputs: what the stage computes on; received tensors, or token ids on the first stage.
         outputs: tensors that have left and whose gradients are to come back.
     """
@@ -44,8 +46,11 @@ class _Stage:
     activations_out: Sender | None = None
     gradients_in: Receiver | None = None
     gradients_out: Sender | None = None
+    documents_in: Receiver | None = None
+    documents_out: Sender | None = None
     inputs: dict[int, Tensor | tuple[Tensor, ...]] = field(default_factory=dict)
     outputs: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    documents: dict[int, Tensor] = field(default_factory=dict)
     labels: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, Tensor] = field(default_factory=dict)
 
@@ -57,6 +62,8 @@ class DepthPipelineEngine(PipelineEngine):
         hop_shape: ``(micro_batch, sequence, hidden)`` of the tensors that cross a hop.
         hop_dtype: the training dtype.
         tie_weights: whether the embedding and the output head are one weight.
+        document_attention: whether micro-batches bring document numbers, which every stage needs.
+        timeout: a neighbour that is silent for longer is lost.
         arguments: those of ``PipelineEngine``, by name.
     """
 
@@ -66,10 +73,19 @@ class DepthPipelineEngine(PipelineEngine):
     _active: _Stage | None = None  # the stage that computes now
 
     def __init__(
-        self, *, hop_shape: tuple[int, int, int], hop_dtype: torch.dtype, tie_weights: bool, **arguments: Any
+        self,
+        *,
+        hop_shape: tuple[int, int, int],
+        hop_dtype: torch.dtype,
+        tie_weights: bool,
+        document_attention: bool,
+        timeout: timedelta,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.plan = self.module.plan
+        self._timeout = timeout
+        self._documents = HopLayout(1, hop_shape[:2], torch.int32) if document_attention else None
         self._hops = [HopLayout(tensors, hop_shape, hop_dtype) for tensors in self.plan.hop_tensors]
         self._tied_group = self._make_tied_group() if tie_weights and self.num_stages > 1 else None
         self._ties_weights = tie_weights
@@ -114,14 +130,19 @@ class DepthPipelineEngine(PipelineEngine):
         stages = [_Stage(index) for index in held]
         for hop, ranks, forward, backward in self._hop_groups():
             activations, gradients = f"depth buffer to stage {hop + 1}", f"gradients to stage {hop}"
+            documents = f"document numbers to stage {hop + 1}"
             if self.global_rank == ranks[0]:
                 stage = stages[held.index(hop)]
-                stage.activations_out = Sender(self._hops[hop], ranks[1], forward, activations)
+                stage.activations_out = Sender(self._hops[hop], ranks[1], forward, activations, self.plan.num_stages)
                 stage.gradients_in = Receiver(self._hops[hop], ranks[1], backward, gradients, self.device)
+                if self._documents is not None:
+                    stage.documents_out = Sender(self._documents, ranks[1], forward, documents, self.plan.num_stages)
             else:
                 stage = stages[held.index(hop + 1)]
                 stage.activations_in = Receiver(self._hops[hop], ranks[0], forward, activations, self.device)
-                stage.gradients_out = Sender(self._hops[hop], ranks[0], backward, gradients)
+                stage.gradients_out = Sender(self._hops[hop], ranks[0], backward, gradients, self.plan.num_stages)
+                if self._documents is not None:
+                    stage.documents_in = Receiver(self._documents, ranks[0], forward, documents, self.device)
         return stages
 
     def _hop_groups(self) -> list[tuple[int, list[int], dist.ProcessGroup, dist.ProcessGroup]]:
@@ -136,8 +157,11 @@ class DepthPipelineEngine(PipelineEngine):
                 ranks = [pipeline[self._rank_of(stage)] for stage in (hop, hop + 1)]
                 if ranks[0] == ranks[1]:
                     continue
-                forward, backward = dist.new_group(ranks), dist.new_group(ranks)  # every rank takes part in making them
+                # Every rank takes part in making every group.
+                forward, backward = (dist.new_group(ranks, timeout=self._timeout) for _ in range(2))
                 if self.global_rank in ranks:
+                    for group in (forward, backward):  # NCCL connects at the first message and waits for both sides
+                        dist.all_reduce(torch.zeros(1, device=self.device), group=group)
                     mine.append((hop, ranks, forward, backward))
         return mine
 
@@ -146,7 +170,7 @@ class DepthPipelineEngine(PipelineEngine):
         mine = None
         for ranks in self.module.topology().get_axis_comm_lists("pipe"):
             ends = sorted({ranks[0], ranks[self._rank_of(self._last_index)]})
-            group = dist.new_group(ends)
+            group = dist.new_group(ends, timeout=self._timeout)
             if self.global_rank in ends:
                 mine = group
         return mine
@@ -163,10 +187,15 @@ class DepthPipelineEngine(PipelineEngine):
 
     def _links(self, kind: Any, training: bool = True) -> Iterator[Any]:
         for stage in self._stages or ():
-            links = [stage.activations_in, stage.activations_out]
+            links = [stage.activations_in, stage.activations_out, stage.documents_in, stage.documents_out]
             for link in [*links, *([stage.gradients_in, stage.gradients_out] if training else [])]:
                 if isinstance(link, kind):
                     yield link
+
+    def train_batch(self, data_iter: Any = None) -> Tensor:
+        loss: Tensor = super().train_batch(data_iter)
+        self.timers(TRAIN_BATCH_TIMER).reset()  # DeepSpeed does when it prints, and would keep every step until then
+        return loss
 
     def _train_schedule(self) -> instructions.PipeSchedule:
         kind = OneForwardOneBackward if len(self._stages or ()) == 1 else TwoStagesPerRank
@@ -182,6 +211,10 @@ class DepthPipelineEngine(PipelineEngine):
         self._schedule_micro_batches = pipe_schedule.micro_batches
         for link in self._links((Sender, Receiver), training):
             link.begin(pipe_schedule.micro_batches)
+        for stage in self._stages or ():
+            for receiver in (stage.activations_in, stage.documents_in):
+                if receiver is not None:
+                    receiver.post_first()
         super()._exec_schedule(pipe_schedule)
         for link in self._links((Sender, Receiver), training):
             link.finish()
@@ -200,9 +233,11 @@ class DepthPipelineEngine(PipelineEngine):
 
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         assert self._stages is not None
-        inputs, labels = self._next_batch()
+        inputs, labels, *documents = self._next_batch()
         if self._holds_first:
             self._stages[0].inputs[buffer_id] = inputs.to(self.device, non_blocking=True)
+            for numbers in documents:
+                self._stages[0].documents[buffer_id] = numbers.to(self.device, non_blocking=True)
         if self._holds_last:
             self._stages[-1].labels[buffer_id] = labels.to(self.device, non_blocking=True)
 
@@ -213,8 +248,12 @@ class DepthPipelineEngine(PipelineEngine):
             if stage.activations_in is not None:
                 received = stage.activations_in.receive()
                 stage.inputs[micro_batch] = tuple(tensor.requires_grad_(training) for tensor in received)
-            outputs = DeepSpeedEngine.forward(self, stage.inputs[micro_batch])
+            if stage.documents_in is not None:
+                stage.documents[micro_batch] = stage.documents_in.receive()[0]
+            documents = stage.documents.get(micro_batch)
+            outputs = DeepSpeedEngine.forward(self, stage.inputs[micro_batch], documents)
             if stage.index == self._last_index:
+                stage.documents.pop(micro_batch, None)
                 self._keep_loss(self.module.loss_fn(outputs, stage.labels.pop(micro_batch)), stage, micro_batch)
             else:
                 stage.outputs[micro_batch] = outputs
@@ -237,14 +276,20 @@ class DepthPipelineEngine(PipelineEngine):
         outputs = stage.outputs[micro_batch] if training else stage.outputs.pop(micro_batch)
         entering = tuple(tensor.detach().requires_grad_(training) for tensor in outputs)
         self._stages[1].inputs[micro_batch] = entering
+        if self._documents is not None:
+            self._stages[1].documents[micro_batch] = stage.documents.pop(micro_batch)
 
     def _exec_send_activations(self, buffer_id: int, phase: int = 0) -> None:
         assert self._stages is not None
         stage, micro_batch = self._stages[phase], buffer_id % self._schedule_micro_batches
         assert stage.activations_out is not None
         stage.activations_out.send(stage.outputs[micro_batch])
+        if stage.documents_out is not None:
+            stage.documents_out.send([stage.documents.pop(micro_batch)])
         if not torch.is_grad_enabled():
             del stage.outputs[micro_batch]
+        elif stage.gradients_in is not None:
+            stage.gradients_in.post_first()
 
     def _exec_backward_pass(self, buffer_id: int, phase: int = 0) -> None:
         micro_batch = buffer_id % self._schedule_micro_batches
@@ -258,13 +303,15 @@ class DepthPipelineEngine(PipelineEngine):
 
     def _gradients_of(self, stage: _Stage, micro_batch: int) -> tuple[Tensor, ...]:
         """The gradients of the tensors that left `stage`."""
-        if stage.gradients_in is not None:
-            return stage.gradients_in.receive()
+        if stage.gradients_in is not None and stage.activations_out is not None:
+            gradients = stage.gradients_in.receive()
+            stage.activations_out.arrived(micro_batch)
+            return gradients
         assert self._stages is not None
         entered = self._stages[1].inputs.pop(micro_batch)
-        gradients = tuple(tensor.grad for tensor in entered)
-        self._hops[stage.index].check(gradients, f"gradients to stage {stage.index}, micro-batch {micro_batch}")
-        return gradients  # type: ignore[return-value]
+        returned = tuple(tensor.grad for tensor in entered)
+        self._hops[stage.index].check(returned, f"gradients to stage {stage.index}, micro-batch {micro_batch}")
+        return returned  # type: ignore[return-value]
 
     def _backward_joint(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
         """One walk of the stage's graph for all the tensors that left it."""
@@ -275,6 +322,8 @@ class DepthPipelineEngine(PipelineEngine):
             torch.autograd.backward(outputs, gradients)
         finally:
             self._running_engine_backward = False
+        for timers in (self.engine_timers.backward_inner_timers, self.engine_timers.backward_timers):
+            self._stop_timers(timers)  # a hook of DeepSpeed on the outputs has started them
         if self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update:
             self.optimizer.update_hp_grads(clear_lp_grads=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +38,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise DepthpipeError(f"--max-tokens: {self.max_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise DepthpipeError(f"--temperature: {self.temperature} must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise DepthpipeError(f"--temperature: {self.temperature} must be a number from 0 up")
         if not 0 < self.top_p <= 1:
             raise DepthpipeError(f"--top-p: {self.top_p} must be above 0 and at most 1")
 
@@ -51,20 +53,20 @@ def generate(run_dir: str | Path, prompt: str, sampling: Sampling) -> Iterator[s
     # A prompt starts a document, and a document starts after the end of another.
     ids = [tokenizer.end_of_document_id, *tokenizer.encode(prompt)]
     yield prompt
-    start = written = len(ids)
+    written = len(ids)
     with torch.inference_mode():
         for _ in range(sampling.max_tokens):
             logits = model(torch.tensor([ids[-window:]], device=device))[0, -1].float()
             token = _choose(logits, sampling, random)
             if token == tokenizer.end_of_document_id:
-                return
+                break
             ids.append(token)
             piece = tokenizer.decode(ids[written:])
             # A character can need several byte tokens: hold them back until they make one.
             if not piece.endswith("\ufffd") or len(ids) - written >= 4:
                 yield piece
                 written = len(ids)
-    if written < len(ids) and written > start:
+    if written < len(ids):
         yield tokenizer.decode(ids[written:])
 
 
@@ -83,7 +85,7 @@ def load_model(run_dir: str | Path) -> tuple[LanguageModel, torch.device]:
         path = checkpoint.layer_file(index)
         try:
             layer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise DepthpipeError(f"{path}: cannot be loaded ({str(error).splitlines()[0]})") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), device

@@ -98,8 +98,9 @@ def _stopped(config: Config) -> str:
 def _report_failure(failures: dict[int, ProcessFailure], config: Config) -> int:
     """Print why the run ended: the rank that failed first, and where its log is."""
     for failure in failures.values():
-        if failure.exitcode == EXIT_WRONG_INPUT:
-            print(f"depthpipe: error: {_recorded(failure)[0].partition(': ')[2]}", file=sys.stderr)
+        message, _ = _recorded(failure)
+        if failure.exitcode == EXIT_WRONG_INPUT and message:
+            print(f"depthpipe: error: {message.partition(': ')[2]}", file=sys.stderr)
             return EXIT_WRONG_INPUT
     # When one rank is killed, its neighbours fail a moment later on a closed connection: name the killed one.
     killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
@@ -108,14 +109,16 @@ def _report_failure(failures: dict[int, ProcessFailure], config: Config) -> int:
     message, traceback = _recorded(failure)
     if traceback:
         print(traceback, file=sys.stderr)
-    reason = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"failed: {message}"
+    reason = f"failed: {message or f'exit code {failure.exitcode}'}"
+    if failure.exitcode < 0:
+        reason = f"was killed by {failure.signal_name()}"
     print(f"depthpipe: rank {rank} {reason}; its log is {log}", file=sys.stderr)
     return 1
 
 
 def _recorded(failure: ProcessFailure) -> tuple[str, str]:
-    """Message and traceback that a worker left behind."""
+    """Message and traceback that a worker left behind, empty if it left none."""
     record = failure.error_file_data.get("message")
     if isinstance(record, dict):
         return record["message"], record["extraInfo"]["py_callstack"]
-    return f"exit code {failure.exitcode}", ""
+    return "", ""

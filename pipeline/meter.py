@@ -47,7 +47,7 @@ class Meter:
         rows = [torch.empty_like(row, device=self._engine.device) for _ in range(self._ranks)]
         dist.all_gather(rows, row.to(self._engine.device))
         stage_waits, data_waits, memory = torch.stack(rows).cpu().unbind(1)
-        now = time.perf_counter()
+        now, date = time.perf_counter(), time.time()
         seconds, steps = now - self._start, step - self._step
         self._start, self._step, self._waits = now, step, waits
         tokens_per_second = self._config.tokens_per_step * steps / seconds
@@ -65,7 +65,7 @@ class Meter:
             data_wait_s=float(data_waits.max()) / steps,
             bubble_fraction=float(stage_waits.mean()) / seconds,
             memory_bytes=int(memory.max()),
-            time=time.time(),
+            time=date,
         )
 
     @contextmanager

@@ -17,7 +17,10 @@ from pipeline.plan import StagePlan
 
 
 class _DepthLayerSpec(LayerSpec):
-    """A layer of the model, built only on the rank that owns it, from (configuration, index, seed) alone."""
+    """A layer of the model, built only on the rank that owns it, from (configuration, index, seed) alone.
+
+    The parent wants a class to call; our layers come from a function. It gets what else it reads of a specification.
+    """
 
     def __init__(self, config: ModelConfig, index: int, seed: int) -> None:
         self.typename = type(self)
@@ -34,7 +37,8 @@ class DepthPipelineModule(PipelineModule):
     """One stage of the model, cut where the plan says.
 
     ``forward`` takes token ids ``[micro_batch, sequence]`` on the first stage and the hop's tensors, each
-    ``[micro_batch, sequence, hidden]``, on the others. It returns the hop's tensors, or on the last stage the logits
+    ``[micro_batch, sequence, hidden]``, on the others; and, where attention stays inside documents, the number of each
+    token's document, int32 ``[micro_batch, sequence]``. It returns the hop's tensors, or on the last stage the logits
     ``[micro_batch, sequence, vocab]``.
     """
 
@@ -44,9 +48,11 @@ class DepthPipelineModule(PipelineModule):
         specs = [_DepthLayerSpec(config, index, seed) for index in range(config.num_hidden_layers + 2)]
         super().__init__(layers=specs, topology=topology, loss_fn=cross_entropy, activation_checkpoint_interval=0)
 
-    def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    def forward(
+        self, inputs: Tensor | tuple[Tensor, ...], documents: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         entering = inputs if isinstance(inputs, Tensor) else DepthBuffer.from_tensors(inputs)
-        leaving = forward_layers(self.forward_funcs, entering, checkpoint=self.checkpoint_layers)
+        leaving = forward_layers(self.forward_funcs, entering, checkpoint=self.checkpoint_layers, documents=documents)
         return leaving.tensors() if isinstance(leaving, DepthBuffer) else leaving
 
     @property

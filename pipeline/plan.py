@@ -35,10 +35,6 @@ class StagePlan:
     def num_stages(self) -> int:
         return len(self.bounds) - 1
 
-    def layers(self, stage: int) -> range:
-        """The pipeline layers of a stage."""
-        return range(self.bounds[stage], self.bounds[stage + 1])
-
 
 def plan_stages(
     model: ModelConfig,

@@ -14,13 +14,16 @@ from pipeline.config import Config, load_config
 from pipeline.formatting import format_count
 from pipeline.launch import launch_local
 
+LOCK_FILE = ".lock"
+
 
 def train_here(config_path: str, overrides: Sequence[str], *, restart: bool) -> int:
     """Train on this machine, from the latest checkpoint unless `restart`. Returns the exit code."""
     config = load_config(config_path, overrides)
     run_dir = Path(config.run.dir)
     if restart:
-        _move_aside(run_dir)
+        with _only_run_in(run_dir):
+            _move_aside(run_dir)
     done = _steps_done(config)
     if done >= config.train.steps:
         print(f"{run_dir} has done its {done} steps; raise train.steps to go on, or start over with --restart")
@@ -59,7 +62,7 @@ def _steps_done(config: Config) -> int:
 
 
 def _move_aside(run_dir: Path) -> None:
-    if not run_dir.exists():
+    if [path.name for path in run_dir.iterdir()] == [LOCK_FILE]:  # there was none
         return
     number = 1
     while (target := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
@@ -73,7 +76,7 @@ def _only_run_in(run_dir: Path) -> Iterator[None]:
     """Hold the run directory; a second training there would write into the same files."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
+        lock = os.open(run_dir / LOCK_FILE, os.O_CREAT | os.O_RDWR)
     except OSError as error:
         raise DepthpipeError(f"run.dir: {run_dir} cannot be written ({error.strerror})") from None
     try:

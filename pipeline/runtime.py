@@ -6,7 +6,8 @@ import dataclasses
 import os
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,21 +15,13 @@ from packaging.version import Version
 
 from model.layers import no_weight_decay
 from pipeline.config import Config, ConfigError
-from pipeline.plan import FLOPS_PER_BYTE_ACCELERATOR, FLOPS_PER_BYTE_CPU, plan_stages
+from pipeline.plan import FLOPS_PER_BYTE_ACCELERATOR, FLOPS_PER_BYTE_CPU, StagePlan, plan_stages
+
+if TYPE_CHECKING:
+    from pipeline.engine import DepthPipelineEngine
 
 # Releases 0.16.0 to 0.19.2 scale the gradients of pipelines with several micro-batches wrongly; the loss looks right.
 OLDEST_DEEPSPEED = Version("0.19.4")
-
-OWNED_DEEPSPEED_KEYS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "optimizer.grad_clip",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-}
 
 
 def training_dtype(config: Config) -> torch.dtype:
@@ -71,10 +64,7 @@ def start_engine(config: Config) -> Any:
     from pipeline.engine import DepthPipelineEngine
     from pipeline.module import DepthPipelineModule, TwoStageModule
 
-    flops_per_byte = FLOPS_PER_BYTE_ACCELERATOR if torch.cuda.is_available() else FLOPS_PER_BYTE_CPU
-    plan = plan_stages(
-        config.model, config.parallel.num_stages, config.data.sequence_length, config.parallel.split, flops_per_byte
-    )
+    plan = stage_plan(config)
     module = (DepthPipelineModule if config.parallel.schedule == "1f1b" else TwoStageModule)(
         config.model,
         plan,
@@ -87,6 +77,8 @@ def start_engine(config: Config) -> Any:
         hop_shape=(config.train.micro_batch_size, config.data.sequence_length, config.model.hidden_size),
         hop_dtype=training_dtype(config),
         tie_weights=config.model.tie_word_embeddings,
+        document_attention=config.data.document_attention,
+        timeout=timedelta(seconds=config.parallel.timeout_s),
         args=None,
         model=module,
         optimizer=_optimizer(config, module),
@@ -96,11 +88,15 @@ def start_engine(config: Config) -> Any:
     )
 
 
+def stage_plan(config: Config) -> StagePlan:
+    """Where this machine cuts the model."""
+    flops_per_byte = FLOPS_PER_BYTE_ACCELERATOR if torch.cuda.is_available() else FLOPS_PER_BYTE_CPU
+    parallel = config.parallel
+    return plan_stages(config.model, parallel.num_stages, config.data.sequence_length, parallel.split, flops_per_byte)
+
+
 def deepspeed_settings(config: Config) -> dict[str, Any]:
     """DeepSpeed's own configuration: what the run's configuration says, and the user's ``deepspeed`` section."""
-    for key in config.deepspeed:
-        if key in OWNED_DEEPSPEED_KEYS:
-            raise ConfigError(f"deepspeed.{key}: set {OWNED_DEEPSPEED_KEYS[key]} instead")
     bf16 = training_dtype(config) is torch.bfloat16
     # Without ZeRO the optimizer works on the parameters themselves: nothing is flattened and no bit depends on the
     # cut. Data parallelism and bf16 (fp32 master weights) need ZeRO-1.
@@ -118,7 +114,16 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "steps_per_print": 1 << 60,  # the run prints its own lines
         "checkpoint": {"tag_validation": "Ignore"},
     }
-    return {**settings, **config.deepspeed}
+    return _merged(settings, config.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `over`, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
 
 
 def checkpoint_layout(config: Config) -> dict[str, Any]:
@@ -127,11 +132,31 @@ def checkpoint_layout(config: Config) -> dict[str, Any]:
         **{f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()},
         "parallel.pipeline": config.parallel.pipeline,
         "parallel.data": config.parallel.data,
+        "parallel.schedule": config.parallel.schedule,
+        "parallel.split": _split(config),
         "train.precision": str(training_dtype(config)).removeprefix("torch."),
         "train.global_batch_size": config.train.global_batch_size,
         "data.sequence_length": config.data.sequence_length,
+        "data.document_attention": config.data.document_attention,
         "run.seed": config.run.seed,
     }
+
+
+def _split(config: Config) -> list[int]:
+    """Transformer layers of each stage."""
+    bounds = list(stage_plan(config).bounds)
+    bounds[0], bounds[-1] = 1, bounds[-1] - 1  # leave out the embedding and the head
+    return [stop - start for start, stop in pairwise(bounds)]
+
+
+def set_optimizer(engine: DepthPipelineEngine, config: Config, lr: float) -> None:
+    """Give the optimizer its learning rate, and the settings that a loaded checkpoint has replaced by its own."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+        group["betas"] = tuple(config.optimizer.betas)
+        group["weight_decay"] = config.optimizer.weight_decay if group["decays"] else 0.0
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
 
 
 def _init_process_group(config: Config) -> None:
@@ -144,7 +169,8 @@ def _init_process_group(config: Config) -> None:
     timeout = timedelta(seconds=config.parallel.timeout_s)
     store = _meet(rank, world_size, timeout)
     backend = "nccl" if accelerated else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    device = torch.device("cuda", torch.cuda.current_device()) if accelerated else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device)
     import deepspeed.ops
 
     # An optional all-reduce for CPUs that DeepSpeed would compile now, for a minute, and wait for ever if another
@@ -188,7 +214,10 @@ def _optimizer(config: Config, module: torch.nn.Module) -> torch.optim.Optimizer
         (plain if no_weight_decay(name, parameter) else decayed).append(parameter)
     settings = config.optimizer
     return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": settings.weight_decay, "decays": True},
+            {"params": plain, "weight_decay": 0.0, "decays": False},
+        ],
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),
         fused=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
+import sys
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,15 +15,16 @@ import torch.distributed as dist
 from rich.console import Console
 
 from data_prep.errors import EXIT_WRONG_INPUT, DepthpipeError
-from data_prep.manifest import TOKENIZER_FILE, Manifest
+from data_prep.manifest import TOKENIZER_FILE, write_atomically
+from data_prep.remote import load_manifest
 from data_prep.stream import BatchLoader, DatasetSource, SequenceStream
-from pipeline.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.checkpoints import agree_on_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import Config, OptimizerSection, WeightedDataset
 from pipeline.launch import WORKER_PARENT, end_with_parent
 from pipeline.meter import Meter
 from pipeline.metrics import MetricsWriter, StepMetrics
 from pipeline.progress import SteadyFile, TrainProgress
-from pipeline.runtime import check_processes, checkpoint_layout, start_engine
+from pipeline.runtime import check_processes, checkpoint_layout, set_optimizer, start_engine
 
 if TYPE_CHECKING:
     from pipeline.engine import DepthPipelineEngine
@@ -41,11 +42,10 @@ def run_worker(config: Config) -> None:
     errors = get_error_handler()
     errors.initialize()
     end_with_parent()
-    console = _redirect_output(log)
+    console = sys.stderr
     try:
+        console = _redirect_output(log)
         check_processes(config, int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        if rank == 0:
-            _describe_run(config)
         train(config, console)
     except Exception as error:
         errors.record_exception(error)
@@ -64,33 +64,43 @@ def train(config: Config, console: TextIO) -> None:
     layout = checkpoint_layout(config)
     engine = start_engine(config)
     checkpoint = latest_checkpoint(run_dir)
+    agree_on_checkpoint(checkpoint, run_dir)
     start_step = 0
     if checkpoint is not None:
         load_checkpoint(engine, checkpoint, layout)
         start_step = checkpoint.step
+    position = checkpoint.position if checkpoint else None
     with ExitStack() as stack:
-        loader = _loader(
-            config, engine, config.data.train_datasets(), checkpoint.position if checkpoint else None, stack
-        )
+        loader = _loader(config, engine, config.data.train_datasets(), position, stack)
         meter = Meter(config, engine, loader, start_step)
         report = _Report(config, console, start_step, stack) if dist.get_rank() == 0 else None
         for step in range(start_step + 1, config.train.steps + 1):
             last = step == config.train.steps
             lr = learning_rate(config.optimizer, step, config.train.steps)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = lr
+            set_optimizer(engine, config, lr)
             loss = float(engine.train_batch(loader))
-            line = meter.measure(step, loss, lr) if last or _due(step, config.monitor.every) else None
+            _check_finite(config, engine, step, loss)
+            validates = config.data.validation is not None and (last or _due(step, config.train.validation_every))
+            logs = validates or last or _due(step, config.monitor.every)
+            line = meter.measure(step, loss, lr) if logs else None
             with meter.paused():
-                if config.data.validation and (last or _due(step, config.train.validation_every)):
-                    validation_loss = validate(config, engine)
-                    line = line and dataclasses.replace(line, validation_loss=validation_loss)
-            if report is not None and line is not None:
-                report.write(line)
-            if last or _due(step, config.checkpoint.every):
-                with meter.paused():
+                if last or _due(step, config.checkpoint.every):
                     position = loader.position() if loader else {}
                     save_checkpoint(engine, run_dir, step, position, layout, config.checkpoint.keep)
+                if validates and line is not None:
+                    line = dataclasses.replace(line, validation_loss=validate(config, engine))
+            if report is not None and line is not None:
+                report.write(line)
+
+
+def _check_finite(config: Config, engine: DepthPipelineEngine, step: int, loss: float) -> None:
+    """A run that has diverged must not go on to replace its sound checkpoints."""
+    norm = engine.get_global_grad_norm()
+    if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
+        raise DepthpipeError(
+            f"step {step}: loss {loss}, gradient norm {norm}: the run has diverged; lower optimizer.lr "
+            f"({config.optimizer.lr:g}) or raise optimizer.warmup_steps, and resume from the last checkpoint"
+        )
 
 
 def validate(config: Config, engine: DepthPipelineEngine) -> float:
@@ -120,6 +130,7 @@ class _Report:
     """Rank 0's account of the run: metrics.jsonl, TensorBoard and the live line."""
 
     def __init__(self, config: Config, console: TextIO, start_step: int, stack: ExitStack) -> None:
+        _describe_run(config)
         self._writer = stack.enter_context(MetricsWriter(config.run.dir, config.monitor.tensorboard, start_step))
         self._progress = stack.enter_context(
             TrainProgress(
@@ -152,6 +163,7 @@ def _loader(
         data_parallel_size=config.parallel.data,
         position=position,
         columns="both" if first and last else "inputs" if first else "labels",
+        document_boundaries=config.data.document_attention and first,
     )
     stack.callback(loader.close)
     return loader
@@ -159,14 +171,22 @@ def _loader(
 
 def _stream(config: Config, datasets: list[WeightedDataset]) -> SequenceStream:
     sources = [DatasetSource(dataset.path, dataset.weight) for dataset in datasets]
-    return SequenceStream(sources, config.data.sequence_length, config.run.seed)
+    return SequenceStream(
+        sources,
+        config.data.sequence_length,
+        config.run.seed,
+        on_bad_shard=config.data.on_bad_shard,
+        cache_dir=config.data.cache_dir,
+        cache_bytes=config.data.cache_bytes,
+    )
 
 
 def _describe_run(config: Config) -> None:
     """Leave in the run directory what later commands need to know of the run: its configuration and tokenizer."""
     run_dir = Path(config.run.dir)
-    (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    shutil.copyfile(Manifest.load(config.data.train_datasets()[0].path).tokenizer_path, run_dir / TOKENIZER_FILE)
+    manifest = load_manifest(config.data.train_datasets()[0].path, config.data.cache_dir)
+    write_atomically(run_dir / "config.yaml", config.to_yaml().encode())
+    write_atomically(run_dir / TOKENIZER_FILE, manifest.tokenizer_path.read_bytes())
 
 
 def _due(step: int, every: int) -> bool:

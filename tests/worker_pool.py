@@ -32,7 +32,7 @@ class WorkerPool:
         """
         while len(self._workers) < world_size:
             self._workers.append(_start())
-        port = _free_port()
+        port = free_port()
         group = self._workers[:world_size]
         for rank, (_, connection) in enumerate(group):
             connection.send((rank, world_size, port, function, arguments))
@@ -76,7 +76,7 @@ def _start() -> tuple[multiprocessing.process.BaseProcess, Connection]:
 
 def _serve(connection: Connection) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     log = tempfile.TemporaryFile()  # noqa: SIM115 - DeepSpeed prints a great deal
     os.dup2(log.fileno(), 1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about calls that DeepSpeed makes
@@ -116,7 +116,8 @@ def _leave_process_group() -> None:
     gc.collect()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,20 @@ def start_depthpipe(*arguments: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[[subprocess.Popen[str]], subprocess.Popen[str]]]:
+    """Register a process that is to be ended with the test, however that ends."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def register(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        processes.append(process)
+        return process
+
+    yield register
+    for process in processes:
+        process.kill()  # its workers end with it
 
 
 def depthpipe(*arguments: str | Path, code: int = 0) -> tuple[str, str]:

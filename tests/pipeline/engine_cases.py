@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.language_model import LanguageModel
-from model.layers import build_layer
+from model.layers import build_layer, forward_layers
 from model.loss import cross_entropy
 from pipeline.config import Config, DataSection, OptimizerSection, ParallelSection, RunSection, TrainSection
 
@@ -44,8 +44,10 @@ def make_config(model: ModelConfig = MODEL, *, pipeline: int = 1, micro_batches:
     )
     sections: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
-        for name in ("train", "optimizer", "parallel"):
-            if key in {field.name for field in dataclasses.fields(getattr(config, name))}:
+        for name in ("data", "train", "optimizer", "parallel"):
+            if not (name == "data" and key == "data") and key in {
+                field.name for field in dataclasses.fields(getattr(config, name))
+            }:
                 sections.setdefault(name, {})[key] = value
     replaced = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
     return dataclasses.replace(config, **replaced)
@@ -57,15 +59,17 @@ class Batches:
     def __init__(self, config: Config, data_rank: int = 0, seed: int = 1) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._config, self._rank = config, data_rank
-        self._queue: list[tuple[Tensor, Tensor]] = []
+        self._queue: list[tuple[Tensor, ...]] = []
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> tuple[Tensor, ...]:
         if not self._queue:
             batch = self._config.train.global_batch_size
             start = torch.randint(96, (batch, 1), generator=self._generator)
             ids = (start + 5 * torch.arange(SEQUENCE + 1)) % 96
             mine = ids.chunk(self._config.parallel.data)[self._rank]
-            self._queue = [(part[:, :-1], part[:, 1:]) for part in mine.split(MICRO_BATCH)]
+            documents = (torch.arange(SEQUENCE) >= SEQUENCE // 3).int()
+            extra = (documents.expand(MICRO_BATCH, -1),) if self._config.data.document_attention else ()
+            self._queue = [(part[:, :-1], part[:, 1:], *extra) for part in mine.split(MICRO_BATCH)]
         return self._queue.pop(0)
 
 
@@ -100,8 +104,9 @@ def gradients_of_plain_model(config: Config) -> tuple[float, dict[str, Tensor]]:
     batches = Batches(config)
     total = torch.zeros(())
     for _ in range(config.micro_batches):
-        inputs, labels = next(batches)
-        loss = cross_entropy(model(inputs), labels)
+        inputs, labels, *documents = next(batches)
+        logits = forward_layers(list(model.layers), inputs, documents=documents[0] if documents else None)
+        loss = cross_entropy(logits, labels)
         (loss / config.micro_batches).backward()
         total += loss.detach()
     gradients = {name: parameter.grad for name, parameter in model.layers.named_parameters()}

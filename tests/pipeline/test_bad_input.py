@@ -37,6 +37,10 @@ SETTINGS = [
     ("data.train=[{path: nowhere, weigth: 1}]", ["data.train[0].weigth", "weight"]),
     ("data.sequence_length=0", ["data.sequence_length"]),
     ("deepspeed={train_batch_size: 3}", ["deepspeed.train_batch_size", "train.global_batch_size"]),
+    ("deepspeed={zero_optimization: {stage: 2}}", ["deepspeed.zero_optimization", "0 or 1"]),
+    ("optimizer.min_lr_ratio=-3", ["optimizer.min_lr_ratio", "between 0 and 1"]),
+    ("run.dir=''", ["run.dir", "empty"]),
+    ("data.sequence_length=100000000", ["train", "data.sequence_length"]),
     ("train.steps", ["--set train.steps", "key.path=value"]),
     ("train.steps.more=1", ["train.steps.more", "steps is a value"]),
     ("run.dir=/proc/nowhere", ["run.dir", "/proc/nowhere"]),
@@ -105,7 +109,9 @@ def test_run_without_a_checkpoint(
     assert "no checkpoint yet" in one_line(capsys, "generate", tmp_path)
 
 
-@pytest.mark.parametrize("option", [("--max-tokens", "0"), ("--temperature", "-1"), ("--top-p", "0")])
+@pytest.mark.parametrize(
+    "option", [("--max-tokens", "0"), ("--temperature", "-1"), ("--temperature", "nan"), ("--top-p", "0")]
+)
 def test_sampling_out_of_range(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]) -> None:
     assert option[0] in one_line(capsys, "generate", tmp_path, *option)
 

@@ -123,7 +123,10 @@ def test_bf16_trains_alike_at_every_cut(workers: WorkerPool) -> None:
     assert expected[-1] < expected[0] - 0.1
     for ranks, schedule in ((3, "1f1b"), (2, "dualpipev")):
         config = make_config(precision="bf16", lr=1e-3, pipeline=ranks, schedule=schedule)
-        assert [loss for loss, _ in workers.run(ranks, losses_of_steps, config, 10)[0]] == expected
+        found = [loss for loss, _ in workers.run(ranks, losses_of_steps, config, 10)[0]]
+        # The same bits until clipping: DeepSpeed's norm of bf16 gradients is summed stage by stage.
+        assert found[0] == expected[0]
+        assert found == pytest.approx(expected, rel=1e-3)
     config = make_config(precision="bf16", lr=1e-3, pipeline=2, data=2, micro_batches=3)
     found = [loss for loss, _ in workers.run(4, losses_of_steps, config, 10)[0]]
     assert found == pytest.approx(expected, rel=5e-3)  # bf16 has three significant digits
@@ -163,3 +166,19 @@ def test_a_fault_at_a_hop_is_loud_and_named(workers: WorkerPool, fault: str, nam
     first, second = workers.run(2, with_fault, make_config(pipeline=2), fault)
     assert second.startswith("TransportError: gradients to stage 0, micro-batch 0") and named in second
     assert first != "nothing"  # the neighbour does not go on with what it has
+
+
+def test_document_boundaries_reach_every_stage(workers: WorkerPool) -> None:
+    config = make_config(document_attention=True)
+    loss, expected = workers.run(1, gradients_of_plain_model, config)[0]
+    assert loss != workers.run(1, gradients_of_plain_model, make_config())[0][0]
+    for ranks, changes in (
+        (1, {}),
+        (4, {}),
+        (2, {"schedule": "dualpipev"}),
+        (3, {"activation_checkpointing": "layer"}),
+    ):
+        config = make_config(document_attention=True, pipeline=ranks, **changes)
+        cut_loss, found = gather(workers.run(ranks, gradients_before_step, config))
+        assert cut_loss == loss
+        assert_equal_gradients(found, expected)

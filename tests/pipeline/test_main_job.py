@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from tests.pipeline.conftest import (
     workers_of,
     write_config_file,
 )
+from tests.worker_pool import free_port
 
 STEPS = 20
 
@@ -91,10 +93,10 @@ def test_every_residual_trains_from_one_changed_line(trained: Path, write_config
     assert mine[-1][1] < mine[0][1] - 1
 
 
-def test_interrupted_and_resumed_is_as_if_never_interrupted(trained: Path, write_config: Any) -> None:
+def test_interrupted_and_resumed_is_as_if_never_interrupted(trained: Path, write_config: Any, started: Any) -> None:
     config = write_config()
     run = config.parent / "run"
-    process = start_depthpipe("train", config)
+    process = started(start_depthpipe("train", config))
     wait_for(lambda: (run / "checkpoints" / "step-00000008").exists(), 90, "checkpoint")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
@@ -108,9 +110,9 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(trained: Path, write
     assert losses(run) == losses(trained)
 
 
-def test_a_killed_rank_ends_the_run_and_is_named(write_config: Any) -> None:
+def test_a_killed_rank_ends_the_run_and_is_named(write_config: Any, started: Any) -> None:
     config = write_config(train={"steps": 10_000})
-    process = start_depthpipe("train", config)
+    process = started(start_depthpipe("train", config))
     wait_for(lambda: read_metrics(config.parent / "run")[0], 90, "first step")
     victim = next(worker for worker in workers_of(config) if worker.environ()["RANK"] == "1")
     victim.kill()
@@ -120,9 +122,9 @@ def test_a_killed_rank_ends_the_run_and_is_named(write_config: Any) -> None:
     wait_for(lambda: not workers_of(config), 5, "end of the workers")
 
 
-def test_a_killed_parent_leaves_no_worker(write_config: Any) -> None:
+def test_a_killed_parent_leaves_no_worker(write_config: Any, started: Any) -> None:
     config = write_config(train={"steps": 10_000})
-    process = start_depthpipe("train", config)
+    process = started(start_depthpipe("train", config))
     wait_for(lambda: read_metrics(config.parent / "run")[0], 90, "first step")
     assert len(workers_of(config)) == 2
     process.kill()
@@ -158,17 +160,25 @@ def test_a_damaged_shard_ends_the_run_in_one_line(dataset: Path, write_config: A
     assert str(shard) in err
 
 
+def can_make_namespaces() -> bool:
+    if shutil.which("ip") is None:
+        return False
+    name = f"depthpipe-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    return made and subprocess.run(["ip", "netns", "del", name], capture_output=True).returncode == 0
+
+
 needs_namespaces = pytest.mark.skipif(
-    shutil.which("ip") is None or subprocess.run(["ip", "netns", "list"], capture_output=True).returncode != 0,
-    reason="network namespaces need iproute2 and its privileges",
+    not can_make_namespaces(), reason="network namespaces need iproute2 and its privileges"
 )
 
 
 @needs_namespaces
 def test_two_hosts_train_as_one(trained: Path, write_config: Any) -> None:
     config = write_config()
-    hosts = [f"depthpipe-test-{side}" for side in "ab"]
-    links = [f"dpt{side}" for side in "ab"]
+    processes: list[subprocess.Popen[bytes]] = []
+    hosts = [f"depthpipe-{os.getpid()}-{side}" for side in "ab"]
+    links = [f"dp{os.getpid()}{side}" for side in "ab"]
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
@@ -183,7 +193,6 @@ def test_two_hosts_train_as_one(trained: Path, write_config: Any) -> None:
             ip("-n", host, "link", "set", "lo", "up")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         meeting = ["--master-addr", "10.201.7.1", "--master-port", "29555"]
-        processes = []
         for number, (host, link) in enumerate(zip(hosts, links, strict=True)):
             command = ["ip", "netns", "exec", host, *torchrun, "--node-rank", str(number), *meeting]
             command += ["--local-addr", f"10.201.7.{number + 1}", "-m", "pipeline", "launch", str(config)]
@@ -193,6 +202,8 @@ def test_two_hosts_train_as_one(trained: Path, write_config: Any) -> None:
             _, err = process.communicate(timeout=120)
             assert process.returncode == 0, err.decode()
     finally:
+        for process in processes:
+            process.kill()
         for host in hosts:
             subprocess.run(["ip", "netns", "del", host], capture_output=True)
     assert losses(config.parent / "run") == losses(trained)
@@ -220,7 +231,7 @@ def test_a_rank_that_never_starts_is_named(write_config: Any) -> None:
     config = write_config(parallel={"pipeline": 2, "timeout_s": 3})
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
     command = [sys.executable, "-m", "pipeline", "launch", str(config)]
-    environment = {**ENVIRONMENT, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29561"}
+    environment = {**ENVIRONMENT, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "rank 1 of 2 did not start" in done.stdout + done.stderr
