@@ -67,6 +67,7 @@ class ParallelSection:
     data: int = 1
     schedule: Literal["1f1b", "dualpipev"] = "1f1b"  # dualpipev: two stages per rank, folded like a V
     split: list[int] | None = None  # transformer layers of each stage; balanced by modelled time where absent
+    run_ahead: int = 1  # 1f1b: micro-batches ahead per stage behind; 2 hides a slow link and stores more activations
     timeout_s: float = 600.0  # a rank that is silent for longer ends the run
 
     @property
@@ -334,6 +335,7 @@ def _check(config: Config) -> None:
         "data.sequence_length": config.data.sequence_length,
         "parallel.pipeline": config.parallel.pipeline,
         "parallel.data": config.parallel.data,
+        "parallel.run_ahead": config.parallel.run_ahead,
         "parallel.timeout_s": config.parallel.timeout_s,
         "train.steps": config.train.steps,
         "train.global_batch_size": config.train.global_batch_size,

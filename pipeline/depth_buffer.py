@@ -64,8 +64,8 @@ class Sender:
         peer: global rank that receives.
         group: process group of this direction alone, so that the two directions of a hop never wait for each other.
         name: what is sent where, for errors.
-        limit: micro-batches under way at most; their memory is held. As many as there are stages never makes 1F1B or
-            DualPipeV wait: no stage runs further ahead of the next one.
+        limit: micro-batches under way at most; their memory is held. Where no stage runs further ahead of the next one
+            than this, sending never waits.
     """
 
     def __init__(self, layout: HopLayout, peer: int, group: dist.ProcessGroup, name: str, limit: int) -> None:

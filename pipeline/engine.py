@@ -63,6 +63,7 @@ class DepthPipelineEngine(PipelineEngine):
         hop_dtype: the training dtype.
         tie_weights: whether the embedding and the output head are one weight.
         document_attention: whether micro-batches bring document numbers, which every stage needs.
+        run_ahead: micro-batches that 1F1B runs ahead per stage behind; see `OneForwardOneBackward`.
         timeout: a neighbour that is silent for longer is lost.
         arguments: those of ``PipelineEngine``, by name.
     """
@@ -79,12 +80,14 @@ class DepthPipelineEngine(PipelineEngine):
         hop_dtype: torch.dtype,
         tie_weights: bool,
         document_attention: bool,
+        run_ahead: int,
         timeout: timedelta,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.plan = self.module.plan
         self._timeout = timeout
+        self._run_ahead = run_ahead
         self._documents = HopLayout(1, hop_shape[:2], torch.int32) if document_attention else None
         self._hops = [HopLayout(tensors, hop_shape, hop_dtype) for tensors in self.plan.hop_tensors]
         self._tied_group = self._make_tied_group() if tie_weights and self.num_stages > 1 else None
@@ -128,19 +131,20 @@ class DepthPipelineEngine(PipelineEngine):
         """This rank's stages, with links to the stages before and after them that other ranks hold."""
         held = [stage for stage in range(self.plan.num_stages) if self._rank_of(stage) == self.stage_id]
         stages = [_Stage(index) for index in held]
+        limit = self._run_ahead * self.plan.num_stages
         for hop, ranks, forward, backward in self._hop_groups():
             activations, gradients = f"depth buffer to stage {hop + 1}", f"gradients to stage {hop}"
             documents = f"document numbers to stage {hop + 1}"
             if self.global_rank == ranks[0]:
                 stage = stages[held.index(hop)]
-                stage.activations_out = Sender(self._hops[hop], ranks[1], forward, activations, self.plan.num_stages)
+                stage.activations_out = Sender(self._hops[hop], ranks[1], forward, activations, limit)
                 stage.gradients_in = Receiver(self._hops[hop], ranks[1], backward, gradients, self.device)
                 if self._documents is not None:
-                    stage.documents_out = Sender(self._documents, ranks[1], forward, documents, self.plan.num_stages)
+                    stage.documents_out = Sender(self._documents, ranks[1], forward, documents, limit)
             else:
                 stage = stages[held.index(hop + 1)]
                 stage.activations_in = Receiver(self._hops[hop], ranks[0], forward, activations, self.device)
-                stage.gradients_out = Sender(self._hops[hop], ranks[0], backward, gradients, self.plan.num_stages)
+                stage.gradients_out = Sender(self._hops[hop], ranks[0], backward, gradients, limit)
                 if self._documents is not None:
                     stage.documents_in = Receiver(self._documents, ranks[0], forward, documents, self.device)
         return stages
@@ -198,8 +202,10 @@ class DepthPipelineEngine(PipelineEngine):
         return loss
 
     def _train_schedule(self) -> instructions.PipeSchedule:
-        kind = OneForwardOneBackward if len(self._stages or ()) == 1 else TwoStagesPerRank
-        return kind(self.micro_batches, self.num_pipeline_ranks, self.stage_id)
+        place = self.micro_batches, self.num_pipeline_ranks, self.stage_id
+        if len(self._stages or ()) == 1:
+            return OneForwardOneBackward(*place, run_ahead=self._run_ahead)
+        return TwoStagesPerRank(*place)
 
     def _inference_schedule(self, micro_batches: int) -> instructions.PipeSchedule:
         if len(self._stages or ()) == 1:

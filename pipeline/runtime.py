@@ -78,6 +78,7 @@ def start_engine(config: Config) -> Any:
         hop_dtype=training_dtype(config),
         tie_weights=config.model.tie_word_embeddings,
         document_attention=config.data.document_attention,
+        run_ahead=config.parallel.run_ahead,
         timeout=timedelta(seconds=config.parallel.timeout_s),
         args=None,
         model=module,

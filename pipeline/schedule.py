@@ -28,13 +28,19 @@ from deepspeed.runtime.pipe.schedule import (
 
 
 class OneForwardOneBackward(PipeSchedule):
-    """1F1B: a stage runs ahead by the number of stages behind it, then alternates, then drains.
+    """1F1B: a stage runs ahead by `run_ahead` micro-batches per stage behind it, then alternates, then drains.
 
-    At most ``stages - stage_id`` micro-batches are alive on a stage.
+    At most ``run_ahead * (stages - stage_id - 1) + 1`` micro-batches are alive on a stage. With 1 (classic 1F1B) a
+    stage waits out every transfer there and back: there is nothing else that it may compute. With 2 (eager 1F1B,
+    arXiv:2211.05322) transfers of up to half a stage's time per micro-batch are hidden, with 3 of up to all of it.
     """
 
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, run_ahead: int = 1) -> None:
+        super().__init__(micro_batches, stages, stage_id)
+        self.run_ahead = run_ahead
+
     def steps(self) -> Iterator[list[PipeInstruction]]:
-        ahead = min(self.stages - self.stage_id - 1, self.micro_batches)
+        ahead = min(self.run_ahead * (self.stages - self.stage_id - 1), self.micro_batches)
         for micro_batch in range(ahead):
             yield _forward(self, micro_batch)
         for micro_batch in range(self.micro_batches):

@@ -48,6 +48,16 @@ def test_gradients_are_bit_identical_at_every_cut(workers: WorkerPool, residual:
         assert_equal_gradients(found, expected)
 
 
+@pytest.mark.parametrize("run_ahead", [2, 3])
+def test_running_ahead_moves_no_bit(workers: WorkerPool, run_ahead: int) -> None:
+    loss, expected = workers.run(1, gradients_of_plain_model, make_config())[0]
+    for ranks in (2, 4):
+        config = make_config(pipeline=ranks, run_ahead=run_ahead)
+        cut_loss, found = gather(workers.run(ranks, gradients_before_step, config))
+        assert cut_loss == loss
+        assert_equal_gradients(found, expected)
+
+
 @pytest.mark.parametrize("residual", ["block", "full"])
 @pytest.mark.parametrize("split", [[3, 1], [1, 1, 1, 1]])
 def test_dualpipev_computes_the_same_bits(workers: WorkerPool, residual: str, split: list[int]) -> None:
