@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from model.config import ModelConfig
 
@@ -24,12 +23,10 @@ class StagePlan:
     Attributes:
         bounds: stage ``s`` holds the pipeline layers ``bounds[s]`` to ``bounds[s + 1] - 1``.
         hop_tensors: tensors (sources and partial) that cross into stage ``s + 1``, for each hop ``s``.
-        cost: modelled time of each stage, as a share of their sum.
     """
 
     bounds: tuple[int, ...]
     hop_tensors: tuple[int, ...]
-    cost: tuple[float, ...]
 
     @property
     def num_stages(self) -> int:
@@ -42,38 +39,38 @@ def plan_stages(
     sequence_length: int,
     split: Sequence[int] | None = None,
     flops_per_byte: float = FLOPS_PER_BYTE_CPU,
+    element_bytes: int = 4,
 ) -> StagePlan:
     """Cut the model into stages of nearly equal modelled time, or by `split` (transformer layers of each stage).
 
     Every stage has at least one transformer layer; the embedding is on the first stage, the head on the last.
     """
-    costs = layer_costs(model, sequence_length, flops_per_byte)
+    costs = layer_costs(model, sequence_length, flops_per_byte, element_bytes)
     counts = list(split) if split is not None else _balance(costs, num_stages)
     bounds = [0]
     for count in counts:
         bounds.append(bounds[-1] + count)
     # The transformer layers start at pipeline layer 1; the outer bounds take in the embedding and the head.
     cuts = (0, *(bound + 1 for bound in bounds[1:-1]), model.num_hidden_layers + 2)
-    total = sum(costs)
     return StagePlan(
         bounds=cuts,
         hop_tensors=tuple(model.num_sources(cut - 1) for cut in cuts[1:-1]),
-        cost=tuple(sum(costs[start:stop]) / total for start, stop in pairwise(cuts)),
     )
 
 
-def layer_costs(model: ModelConfig, sequence_length: int, flops_per_byte: float = FLOPS_PER_BYTE_CPU) -> list[float]:
+def layer_costs(
+    model: ModelConfig, sequence_length: int, flops_per_byte: float = FLOPS_PER_BYTE_CPU, element_bytes: int = 4
+) -> list[float]:
     """Modelled time of one token, forward and backward, in each pipeline layer, in floating-point operations.
 
     Matrix products: 2 operations per weight forward and 4 backward; attention scores and values over half the
     sequence (causal). Depth attention: each of a layer's two reads moves every source about four times
-    (forward once, backward read, read and written), at `flops_per_byte`.
+    (forward once, backward read, read and written), `element_bytes` an element, at `flops_per_byte`.
     """
     hidden, heads, kv_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
     head_size = hidden // heads
     weights = 2 * hidden * hidden + 2 * hidden * kv_heads * head_size + 3 * hidden * model.intermediate_size
     layer = 6 * weights + 6 * 2 * hidden * sequence_length / 2
-    element_bytes = 4
     source = 4 * hidden * element_bytes * flops_per_byte
 
     def depth_attention(sources: int) -> float:

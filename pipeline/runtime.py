@@ -93,7 +93,14 @@ def stage_plan(config: Config) -> StagePlan:
     """Where this machine cuts the model."""
     flops_per_byte = FLOPS_PER_BYTE_ACCELERATOR if torch.cuda.is_available() else FLOPS_PER_BYTE_CPU
     parallel = config.parallel
-    return plan_stages(config.model, parallel.num_stages, config.data.sequence_length, parallel.split, flops_per_byte)
+    return plan_stages(
+        config.model,
+        parallel.num_stages,
+        config.data.sequence_length,
+        parallel.split,
+        flops_per_byte,
+        training_dtype(config).itemsize,
+    )
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers import build_layer, forward_layers
 from model.loss import cross_entropy
+from pipeline.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import Config, DataSection, OptimizerSection, ParallelSection, RunSection, TrainSection
+from pipeline.runtime import checkpoint_layout
 
 MODEL = ModelConfig(
     vocab_size=96,
@@ -133,6 +136,24 @@ def validation_losses(config: Config) -> list[float]:
     for _ in range(2):
         found += [float(engine.eval_batch(Batches(config, seed=9))), float(engine.train_batch(training))]
     return [*found, float(engine.eval_batch(Batches(config, seed=9)))]
+
+
+def losses_around_checkpoint(config: Config, run_dir: Path, resume: bool) -> list[float]:
+    """Losses of steps three and four: after a checkpoint was written, or by an engine that resumes from it."""
+    engine = start(config)
+    batches = Batches(config, engine.grid.get_data_parallel_id())
+    layout = checkpoint_layout(config)
+    if resume:
+        checkpoint = latest_checkpoint(run_dir)
+        assert checkpoint is not None and checkpoint.position == {"samples": 2}
+        load_checkpoint(engine, checkpoint, layout)
+        for _ in range(2 * config.micro_batches):
+            next(batches)
+    else:
+        for _ in range(2):
+            engine.train_batch(batches)
+        save_checkpoint(engine, run_dir, 2, {"samples": 2}, layout, keep=1)
+    return [float(engine.train_batch(batches)) for _ in range(2)]
 
 
 def with_fault(config: Config, fault: str) -> str:

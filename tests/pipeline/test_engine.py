@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tests.pipeline.engine_cases import (
     MODEL,
     gradients_before_step,
     gradients_of_plain_model,
+    losses_around_checkpoint,
     losses_of_steps,
     make_config,
     validation_losses,
@@ -192,3 +195,21 @@ def test_document_boundaries_reach_every_stage(workers: WorkerPool) -> None:
         cut_loss, found = gather(workers.run(ranks, gradients_before_step, config))
         assert cut_loss == loss
         assert_equal_gradients(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (2, {"pipeline": 2, "schedule": "dualpipev"}),
+        (2, {"pipeline": 2, "precision": "bf16"}),
+        (4, {"pipeline": 2, "data": 2}),
+        (4, {"pipeline": 2, "data": 2, "precision": "bf16", "schedule": "dualpipev"}),
+    ],
+    ids=["dualpipev", "bf16", "zero-1", "all"],
+)
+def test_another_engine_resumes_to_the_same_bits(
+    workers: WorkerPool, tmp_path: Path, ranks: int, changes: dict[str, Any]
+) -> None:
+    config = make_config(dataclasses.replace(MODEL, tie_word_embeddings=True), **changes)
+    expected = workers.run(ranks, losses_around_checkpoint, config, tmp_path, False)
+    assert workers.run(ranks, losses_around_checkpoint, config, tmp_path, True) == expected
