@@ -181,9 +181,17 @@ def read(peer: str, directory: str, sequences: int) -> dict[str, float]:
     length = len(dataset)
     in_process = rate(iter(dataset), min(sequences, length), 1)
     dataset, loader = OPEN[peer](directory)
-    loaded = rate(iter(loader), min(sequences, length), BATCH)
+    loaded = rate(map(inputs_and_labels, iter(loader)), min(sequences, length), BATCH)
     resumed = resume(peer, directory, length)
     return {"in process": in_process, "loader": loaded, "resume": resumed}
+
+
+def inputs_and_labels(batch: Any) -> tuple[Any, Any]:
+    """What a training loop takes, as depthpipe's loader gives it."""
+    import torch
+
+    rows = batch["tokens"] if isinstance(batch, dict) else batch
+    return rows[:, :-1].to(torch.int64), rows[:, 1:].to(torch.int64)
 
 
 def rate(rows: Iterator[Any], sequences: int, rows_each: int) -> float:

@@ -2,8 +2,8 @@
 
 The same random tokens are written in each tool's own format. In each round every row runs once, in turn; the table
 shows medians, and medians of the ratios of one round. `in process` is the reader alone (rows of 2049 uint16 tokens,
-shuffled); `loader` ends in batches of tensors, what a training loop takes: ours from its background thread, the others'
-from a torch DataLoader.
+shuffled); `loader` ends in what a training loop takes, int64 tensors of inputs and of labels: ours from its background
+thread, the others' from their own loader over the same process.
 
     python benchmarks/reading.py
     python benchmarks/reading.py --megatokens 200 --rounds 5 --peers-python /path/to/venv/bin/python
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 import numpy as np
 import torch
 import webdataset
+from data_peers import inputs_and_labels
 from rich.console import Console
 from rich.table import Table
 from tokenizing import installed_peers, run_peer
@@ -132,7 +133,7 @@ class MemoryMappedWindows(torch.utils.data.IterableDataset):
         rng = np.random.default_rng(0)
         while True:
             for start in rng.integers(0, len(self.tokens) - LENGTH - 1, BATCH).tolist():
-                yield self.tokens[start : start + LENGTH + 1].astype(np.int64)
+                yield np.array(self.tokens[start : start + LENGTH + 1])
 
 
 def measure_memmap(path: Path, sequences: int) -> dict[str, float]:
@@ -146,7 +147,7 @@ def measure_memmap(path: Path, sequences: int) -> dict[str, float]:
 
     in_process = rate(read, sequences)
     loader = iter(torch.utils.data.DataLoader(MemoryMappedWindows(path), batch_size=BATCH))
-    return {"in process": in_process, "loader": rate(lambda: next(loader), sequences)}
+    return {"in process": in_process, "loader": rate(lambda: inputs_and_labels(next(loader)), sequences)}
 
 
 def measure_replay(directory: Path) -> float:
@@ -184,10 +185,7 @@ def print_rates(results: dict[str, list[dict[str, float]]]) -> None:
         table.add_row(name, *cells)
     one_column = statistics.median(values["one column"] for values in results["depthpipe"])
     console.print(table)
-    console.print(
-        "depthpipe's loader gives inputs and labels as int64, the peers' rows as they are stored. For a stage that\n"
-        f"reads inputs alone: {one_column:,.0f} sequences per second."
-    )
+    console.print(f"depthpipe's loader for a stage that reads inputs alone: {one_column:,.0f} sequences per second")
 
 
 def print_resume(results: dict[str, list[dict[str, float]]]) -> None:
