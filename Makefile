@@ -18,7 +18,7 @@ quickstart: CODE = $(STDLIB) --include '*.py' --exclude test --exclude tests --e
 	--exclude encodings --exclude pydoc_data
 quickstart: $(INSTALLED)
 	$(BIN)/depthpipe tokenizer train $(CODE) --out $(DATA)/tokenizer.model --vocab-size 4096
-	$(BIN)/depthpipe tokenize $(CODE) --tokenizer $(DATA)/tokenizer.model --out $(DATA) --validation-fraction 0.05
+	$(BIN)/depthpipe tokenize $(CODE) --tokenizer $(DATA)/tokenizer.model --out $(DATA) --validation-fraction 0.15
 	$(BIN)/depthpipe train configs/quickstart.yaml
 	$(BIN)/depthpipe monitor runs/quickstart --once
 	$(BIN)/depthpipe generate runs/quickstart --prompt 'def ' --max-tokens 150
