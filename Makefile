@@ -21,7 +21,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/depthpipe tokenize $(CODE) --tokenizer $(DATA)/tokenizer.model --out $(DATA) --validation-fraction 0.15
 	$(BIN)/depthpipe train configs/quickstart.yaml
 	$(BIN)/depthpipe monitor runs/quickstart --once
-	$(BIN)/depthpipe generate runs/quickstart --prompt 'def ' --max-tokens 150
+	$(BIN)/depthpipe generate runs/quickstart --prompt 'def __init__(self' --temperature 0.5 --max-tokens 120
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check --quiet . || { echo "ruff: not formatted; run $(BIN)/ruff format ."; exit 1; }
