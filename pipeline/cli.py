@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_launch(commands)
     pipeline.monitor.add_commands(commands)
     pipeline.report.add_commands(commands)
+    _add_depth(commands)
     _add_generate(commands)
     return parser
 
@@ -81,6 +82,20 @@ def _add_launch(commands: Any) -> None:
     )
     _add_config(parser)
     parser.set_defaults(run=_launch)
+
+
+def _add_depth(commands: Any) -> None:
+    parser = commands.add_parser(
+        "depth",
+        help="show where each sublayer of a trained model reads",
+        description="The attention weights over depth of every sublayer, and the magnitude of every layer's output, "
+        "averaged over a few sequences of the run's data.",
+        epilog="example:\n  depthpipe depth runs/quickstart",
+        formatter_class=_HELP,
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the directory of a run")
+    parser.add_argument("--sequences", type=int, default=8, metavar="N", help="sequences to average over (default 8)")
+    parser.set_defaults(run=_depth)
 
 
 def _add_generate(commands: Any) -> None:
@@ -128,6 +143,12 @@ def _launch(args: argparse.Namespace) -> int:
 
     run_worker(load_config(args.config, args.overrides))
     return 0
+
+
+def _depth(args: argparse.Namespace) -> int:
+    from pipeline.depth import show_depth
+
+    return show_depth(args)
 
 
 def _generate(args: argparse.Namespace) -> int:

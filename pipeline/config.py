@@ -176,9 +176,10 @@ def load_run_model(run_dir: str | Path) -> ModelConfig:
     return _parse(ModelConfig, _read_run(run_dir).get("model"), "model")
 
 
-def run_sequence_length(run_dir: str | Path) -> int:
-    """``data.sequence_length`` of a run. Raises ConfigError."""
-    return _parse(DataSection, _read_run(run_dir).get("data"), "data").sequence_length
+def run_data(run_dir: str | Path) -> DataSection:
+    """The ``data`` section of a run, likewise. Raises ConfigError."""
+    data: DataSection = _parse(DataSection, _read_run(run_dir).get("data"), "data")
+    return data
 
 
 def _read_run(run_dir: str | Path) -> dict[str, Any]:

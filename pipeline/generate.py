@@ -16,7 +16,7 @@ from data_prep.manifest import TOKENIZER_FILE
 from data_prep.tokenizer import Tokenizer
 from model.language_model import LanguageModel
 from pipeline.checkpoints import latest_checkpoint
-from pipeline.config import load_run_model, run_sequence_length
+from pipeline.config import load_run_model, run_data
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def generate(run_dir: str | Path, prompt: str, sampling: Sampling) -> Iterator[s
     """Yield the prompt, then its continuation piece by piece, until the document ends or enough tokens are written."""
     model, device = load_model(run_dir)
     tokenizer = Tokenizer.load(Path(run_dir) / TOKENIZER_FILE)
-    window = run_sequence_length(run_dir)
+    window = run_data(run_dir).sequence_length
     random = torch.Generator(device).manual_seed(sampling.seed)
     # A prompt starts a document, and a document starts after the end of another.
     ids = [tokenizer.end_of_document_id, *tokenizer.encode(prompt)]

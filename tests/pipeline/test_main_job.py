@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoints import latest_checkpoint
+from pipeline.depth import observe
 from pipeline.metrics import StepMetrics, read_metrics
 from tests.pipeline.conftest import (
     ENVIRONMENT,
@@ -155,6 +156,18 @@ def test_generate_continues_the_prompt_and_repeats_itself(trained: Path) -> None
     first, _ = depthpipe(*arguments)
     assert first.startswith("def f(") and len(first) > len("def f(\n")
     assert depthpipe(*arguments)[0] == first
+
+
+def test_depth_shows_where_every_sublayer_reads(trained: Path) -> None:
+    out, _ = depthpipe("depth", trained, "--sequences", "2")
+    observer = observe(trained, 2)
+    assert list(observer.weights) == [f"{layer}.{part}" for layer in range(3) for part in ("attention", "mlp")] + [
+        "head"
+    ]
+    assert [len(weights) for weights in observer.weights.values()] == [1, 2, 2, 2, 2, 3, 3]
+    assert all(float(weights.sum()) == pytest.approx(1) for weights in observer.weights.values())
+    assert all(name in out for name in observer.weights)
+    assert f"{observer.weights['head'][0]:.2f}" in out
 
 
 def test_monitor_shows_the_finished_run(trained: Path) -> None:
