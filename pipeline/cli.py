@@ -75,8 +75,8 @@ def _add_launch(commands: Any) -> None:
         help="train on many machines, inside torchrun",
         description="Take a place in a run that torchrun starts on every machine. All machines see the same "
         "configuration, datasets and run directory.",
-        epilog="example, on each of two machines with four devices:\n"
-        "  torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\\n"
+        epilog="example, on each of two machines with four devices (--node-rank 1 on the second):\n"
+        "  torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --master-addr HOST --master-port 29500 \\\n"
         "      -m pipeline launch configs/quickstart.yaml --set parallel.pipeline=8",
         formatter_class=_HELP,
     )
