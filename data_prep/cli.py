@@ -30,6 +30,12 @@ console = Console(highlight=False)
 
 def add_commands(subparsers: Subparsers) -> None:
     """Register the data commands; each sets `run`, a function from the parsed arguments to an exit code."""
+    _add_tokenizer(subparsers)
+    _add_tokenize(subparsers)
+    _add_data(subparsers)
+
+
+def _add_tokenizer(subparsers: Subparsers) -> None:
     tokenizer = _command(subparsers, "tokenizer", "train a tokenizer", None)
     train = _command(
         tokenizer.add_subparsers(required=True, metavar="COMMAND"),
@@ -48,6 +54,8 @@ def add_commands(subparsers: Subparsers) -> None:
         help="text to train on, from all over the corpus (%(default)s)",
     )
 
+
+def _add_tokenize(subparsers: Subparsers) -> None:
     tokenize = _command(
         subparsers,
         "tokenize",
@@ -66,15 +74,15 @@ def add_commands(subparsers: Subparsers) -> None:
         metavar="F",
         help="share of documents for DIR/validation; the rest goes to DIR/train",
     )
-
     tokenize.add_argument(
         "--part", type=_part, default=(1, 1), metavar="I/N", help="do one of N parts of the job; `data merge` ends it"
     )
-
     tokenize.add_argument(
         "--ray", action="store_true", help="use the Ray cluster at RAY_ADDRESS (unset: this machine); --workers actors"
     )
 
+
+def _add_data(subparsers: Subparsers) -> None:
     data = _command(subparsers, "data", "check a dataset, or look into it", None)
     commands = data.add_subparsers(required=True, metavar="COMMAND")
     check = _command(
