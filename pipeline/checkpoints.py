@@ -1,4 +1,4 @@
-"""Checkpoints of a run: ``checkpoints/step-00000200/`` holds DeepSpeed's files and ``state.json``.
+"""Checkpoints of a run: ``checkpoints/step-00000200/`` holds the tensors' files and ``state.json``.
 
 A checkpoint is written under another name and renamed when every rank has finished, so a directory with that name is
 whole.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from data_prep.errors import DepthpipeError
+from pipeline.checkpoint_tensors import files_of, load_training_state, save_training_state
 
 if TYPE_CHECKING:
     from pipeline.engine import DepthPipelineEngine
 
+FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -32,17 +33,13 @@ class Checkpoint:
     Attributes:
         step: optimizer steps done.
         position: where the data stream goes on, as ``BatchLoader.position`` gave it.
-        layout: what of the configuration the files depend on, by key.
+        identity: what of the configuration makes the run what it is, by key.
     """
 
     path: Path
     step: int
     position: dict[str, Any]
-    layout: dict[str, Any]
-
-    def layer_file(self, index: int) -> Path:
-        """The weights of pipeline layer `index` (0 the embedding)."""
-        return self.path / _layer_name(index)
+    identity: dict[str, Any]
 
 
 def latest_checkpoint(run_dir: str | Path) -> Checkpoint | None:
@@ -63,7 +60,7 @@ def agree_on_checkpoint(checkpoint: Checkpoint | None, run_dir: Path) -> None:
 
 
 def save_checkpoint(
-    engine: DepthPipelineEngine, run_dir: Path, step: int, position: dict[str, Any], layout: dict[str, Any], keep: int
+    engine: DepthPipelineEngine, run_dir: Path, step: int, position: dict[str, Any], identity: dict[str, Any], keep: int
 ) -> None:
     """Write a checkpoint from all ranks, then remove all but the newest `keep`. Every rank calls this."""
     directory = run_dir / "checkpoints"
@@ -74,12 +71,12 @@ def save_checkpoint(
             shutil.rmtree(left)
         partial.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(directory), tag=partial.name, save_latest=False)
+    save_training_state(engine, partial)
     dist.barrier()
     if dist.get_rank() == 0:
-        state = {"step": step, "position": position, "layout": layout}
+        _check_whole(partial)
+        state = {"format": FORMAT, "step": step, "position": position, "identity": identity}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        _check_whole(partial, engine.module.num_layers)
         _remove(directory / name)
         os.rename(partial, directory / name)
         for old in _list(run_dir)[:-keep]:
@@ -87,38 +84,38 @@ def save_checkpoint(
     dist.barrier()
 
 
-def load_checkpoint(engine: DepthPipelineEngine, checkpoint: Checkpoint, layout: dict[str, Any]) -> None:
-    """Restore weights and optimizer. Every rank calls this.
+def load_checkpoint(engine: DepthPipelineEngine, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """Restore weights and optimizer, on whatever stages and replicas there are now. Every rank calls this.
 
     Raises:
-        DepthpipeError: if the checkpoint was written with another layout, or cannot be read.
+        DepthpipeError: if the checkpoint is of another run, or cannot be read.
     """
-    check_layout(checkpoint, layout)
-    remedy = "remove it to resume from the one before"
+    check_identity(checkpoint, identity)
     try:
-        path, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    except (OSError, RuntimeError, EOFError, AssertionError, pickle.UnpicklingError) as error:
-        raise DepthpipeError(f"{checkpoint.path}: cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
-    if path is None:
-        raise DepthpipeError(f"{checkpoint.path}: cannot be read; {remedy}")
+        load_training_state(engine, checkpoint.path, checkpoint.step)
+    except DepthpipeError as error:
+        raise DepthpipeError(f"{error}; remove it to resume from the one before") from None
+    engine.global_steps = checkpoint.step
+    engine.global_samples = checkpoint.step * engine.train_batch_size()
 
 
-def check_layout(checkpoint: Checkpoint, layout: dict[str, Any]) -> None:
-    """Raise DepthpipeError, naming the key, where the run's configuration does not fit the checkpoint."""
-    for key, value in layout.items():
-        if checkpoint.layout.get(key) != value:
+def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """Raise DepthpipeError, naming the key, where the configuration is not that of the checkpoint's run."""
+    for key, value in identity.items():
+        if checkpoint.identity.get(key) != value:
             raise DepthpipeError(
                 f"{key}: {value} does not fit {checkpoint.path}, which was written with "
-                f"{checkpoint.layout.get(key)}; set it back, or start over with `depthpipe train --restart`"
+                f"{checkpoint.identity.get(key)}; set it back, or start over with `depthpipe train --restart`"
             )
 
 
-def _check_whole(directory: Path, num_layers: int) -> None:
-    """Every stage's files are here: on machines that share no directory they are not."""
-    missing = [index for index in range(num_layers) if not (directory / _layer_name(index)).exists()]
+def _check_whole(directory: Path) -> None:
+    """Every rank's file is here: on machines that share no directory they are not."""
+    missing = [path.name for path in sorted(files_of(directory)) if not path.exists()]
     if missing:
         raise DepthpipeError(
-            f"run.dir: {directory} lacks layers {missing} of the model; name a directory that all machines share"
+            f"run.dir: {directory} lacks {', '.join(missing)}, which other ranks wrote; "
+            "name a directory that all machines share"
         )
 
 
@@ -130,10 +127,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(leaving)
 
 
-def _layer_name(index: int) -> str:
-    return f"layer_{index:02d}-model_states.pt"
-
-
 def _list(run_dir: Path) -> list[Path]:
     directory = run_dir / "checkpoints"
     names = sorted(path.name for path in directory.glob("step-*")) if directory.is_dir() else []
@@ -143,6 +136,11 @@ def _list(run_dir: Path) -> list[Path]:
 def _read(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(path, int(state["step"]), state["position"], state["layout"])
+        if state.get("format") != FORMAT:
+            raise DepthpipeError(
+                f"{path}: checkpoint format {state.get('format')}, this depthpipe reads {FORMAT}; "
+                "start over with `depthpipe train --restart`"
+            )
+        return Checkpoint(path, int(state["step"]), state["position"], state["identity"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DepthpipeError(f"{path}: not a whole checkpoint ({error}); remove it to use the one before") from None

@@ -8,7 +8,7 @@ What changes against ``PipelineEngine``, and why (the stock behaviour was measur
 - a gradient norm that is summed in the same order at every pipeline degree, so clipping moves no bits;
 - tied embeddings are two weights whose gradients are added once per step, so the sum has the same order everywhere.
 
-Optimizer, ZeRO-1, bf16, loss scaling and checkpoints are DeepSpeed's.
+Optimizer, ZeRO-1, bf16 and loss scaling are DeepSpeed's.
 """
 
 from __future__ import annotations

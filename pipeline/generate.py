@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from data_prep.errors import DepthpipeError
 from data_prep.manifest import TOKENIZER_FILE
 from data_prep.tokenizer import Tokenizer
 from model.language_model import LanguageModel
+from pipeline.checkpoint_tensors import Part, read_parts
 from pipeline.checkpoints import latest_checkpoint
 from pipeline.config import load_run_model, run_data
 
@@ -74,19 +74,15 @@ def load_model(run_dir: str | Path) -> tuple[LanguageModel, torch.device]:
     """The model of a run's newest checkpoint, on the accelerator if there is one.
 
     Raises:
-        DepthpipeError: if the directory is not a run, or has no checkpoint yet.
+        DepthpipeError: if the directory is not a run, or has no checkpoint yet or one that cannot be read.
     """
     config = load_run_model(run_dir)
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         raise DepthpipeError(f"{run_dir}: no checkpoint yet; train first, or wait for checkpoint.every steps")
     model = LanguageModel(config, seed=0)
-    for index, layer in enumerate(model.layers):
-        path = checkpoint.layer_file(index)
-        try:
-            layer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise DepthpipeError(f"{path}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    weights = [Part.whole(name, parameter) for name, parameter in model.named_parameters()]
+    read_parts(checkpoint.path, weights, alone=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), device
 

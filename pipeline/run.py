@@ -51,13 +51,13 @@ def describe(config: Config) -> str:
 
 def _steps_done(config: Config) -> int:
     """Steps of the run's latest checkpoint; raises DepthpipeError if the configuration does not fit it."""
-    from pipeline.checkpoints import check_layout, latest_checkpoint
-    from pipeline.runtime import checkpoint_layout
+    from pipeline.checkpoints import check_identity, latest_checkpoint
+    from pipeline.runtime import run_identity
 
     checkpoint = latest_checkpoint(config.run.dir)
     if checkpoint is None:
         return 0
-    check_layout(checkpoint, checkpoint_layout(config))
+    check_identity(checkpoint, run_identity(config))
     return checkpoint.step
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import os
 from datetime import timedelta
 from importlib.metadata import version
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,27 +133,18 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def checkpoint_layout(config: Config) -> dict[str, Any]:
-    """What of the configuration a checkpoint's files depend on."""
+def run_identity(config: Config) -> dict[str, Any]:
+    """What of the configuration a resumed run must share with its checkpoint.
+
+    How the run is cut and on how many processes, and its precision, may change: a checkpoint holds neither.
+    """
     return {
         **{f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()},
-        "parallel.pipeline": config.parallel.pipeline,
-        "parallel.data": config.parallel.data,
-        "parallel.schedule": config.parallel.schedule,
-        "parallel.split": _split(config),
-        "train.precision": str(training_dtype(config)).removeprefix("torch."),
         "train.global_batch_size": config.train.global_batch_size,
         "data.sequence_length": config.data.sequence_length,
         "data.document_attention": config.data.document_attention,
         "run.seed": config.run.seed,
     }
-
-
-def _split(config: Config) -> list[int]:
-    """Transformer layers of each stage."""
-    bounds = list(stage_plan(config).bounds)
-    bounds[0], bounds[-1] = 1, bounds[-1] - 1  # leave out the embedding and the head
-    return [stop - start for start, stop in pairwise(bounds)]
 
 
 def set_optimizer(engine: DepthPipelineEngine, config: Config, lr: float) -> None:

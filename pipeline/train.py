@@ -24,7 +24,7 @@ from pipeline.launch import WORKER_PARENT, end_with_parent
 from pipeline.meter import Meter
 from pipeline.metrics import MetricsWriter, StepMetrics
 from pipeline.progress import SteadyFile, TrainProgress
-from pipeline.runtime import check_processes, checkpoint_layout, set_optimizer, start_engine
+from pipeline.runtime import check_processes, run_identity, set_optimizer, start_engine
 
 if TYPE_CHECKING:
     from pipeline.engine import DepthPipelineEngine
@@ -61,13 +61,13 @@ def run_worker(config: Config) -> None:
 def train(config: Config, console: TextIO) -> None:
     """Train from the latest checkpoint, or from the start, to ``train.steps``."""
     run_dir = Path(config.run.dir)
-    layout = checkpoint_layout(config)
+    identity = run_identity(config)
     engine = start_engine(config)
     checkpoint = latest_checkpoint(run_dir)
     agree_on_checkpoint(checkpoint, run_dir)
     start_step = 0
     if checkpoint is not None:
-        load_checkpoint(engine, checkpoint, layout)
+        load_checkpoint(engine, checkpoint, identity)
         start_step = checkpoint.step
     position = checkpoint.position if checkpoint else None
     with ExitStack() as stack:
@@ -86,7 +86,7 @@ def train(config: Config, console: TextIO) -> None:
             with meter.paused():
                 if last or _due(step, config.checkpoint.every):
                     position = loader.position() if loader else {}
-                    save_checkpoint(engine, run_dir, step, position, layout, config.checkpoint.keep)
+                    save_checkpoint(engine, run_dir, step, position, identity, config.checkpoint.keep)
                 if validates and line is not None:
                     line = dataclasses.replace(line, validation_loss=validate(config, engine))
             if report is not None and line is not None:

@@ -15,7 +15,7 @@ from model.layers import build_layer, forward_layers
 from model.loss import cross_entropy
 from pipeline.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import Config, DataSection, OptimizerSection, ParallelSection, RunSection, TrainSection
-from pipeline.runtime import checkpoint_layout
+from pipeline.runtime import run_identity
 
 MODEL = ModelConfig(
     vocab_size=96,
@@ -142,17 +142,17 @@ def losses_around_checkpoint(config: Config, run_dir: Path, resume: bool) -> lis
     """Losses of steps three and four: after a checkpoint was written, or by an engine that resumes from it."""
     engine = start(config)
     batches = Batches(config, engine.grid.get_data_parallel_id())
-    layout = checkpoint_layout(config)
+    identity = run_identity(config)
     if resume:
         checkpoint = latest_checkpoint(run_dir)
         assert checkpoint is not None and checkpoint.position == {"samples": 2}
-        load_checkpoint(engine, checkpoint, layout)
+        load_checkpoint(engine, checkpoint, identity)
         for _ in range(2 * config.micro_batches):
             next(batches)
     else:
         for _ in range(2):
             engine.train_batch(batches)
-        save_checkpoint(engine, run_dir, 2, {"samples": 2}, layout, keep=1)
+        save_checkpoint(engine, run_dir, 2, {"samples": 2}, identity, keep=1)
     return [float(engine.train_batch(batches)) for _ in range(2)]
 
 

@@ -119,14 +119,17 @@ def test_sampling_out_of_range(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_checkpoint_of_another_model(
     tmp_path: Path, write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from pipeline.checkpoints import FORMAT
     from pipeline.config import load_config
-    from pipeline.runtime import checkpoint_layout
+    from pipeline.runtime import run_identity
 
     config = write_config()
-    layout: dict[str, Any] = {**checkpoint_layout(load_config(config)), "model.hidden_size": 48}
+    identity: dict[str, Any] = {**run_identity(load_config(config)), "model.hidden_size": 48}
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"step": 4, "position": {}, "layout": layout}))
+    (checkpoint / "state.json").write_text(
+        json.dumps({"format": FORMAT, "step": 4, "position": {}, "identity": identity})
+    )
     line = one_line(capsys, "train", config)
     assert "model.hidden_size" in line and "48" in line and "--restart" in line
 

@@ -26,6 +26,7 @@ MODELS = {
     "full": dataclasses.replace(MODEL, residual="full"),
     "standard": dataclasses.replace(MODEL, residual="standard"),
 }
+TIED = dataclasses.replace(MODEL, tie_word_embeddings=True)
 
 
 def gather(results: list[tuple[float, dict[str, torch.Tensor], int]]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -210,6 +211,45 @@ def test_document_boundaries_reach_every_stage(workers: WorkerPool) -> None:
 def test_another_engine_resumes_to_the_same_bits(
     workers: WorkerPool, tmp_path: Path, ranks: int, changes: dict[str, Any]
 ) -> None:
-    config = make_config(dataclasses.replace(MODEL, tie_word_embeddings=True), **changes)
+    config = make_config(TIED, **changes)
     expected = workers.run(ranks, losses_around_checkpoint, config, tmp_path, False)
     assert workers.run(ranks, losses_around_checkpoint, config, tmp_path, True) == expected
+
+
+@pytest.mark.parametrize(
+    "resumed",
+    [{"pipeline": 1}, {"pipeline": 4}, {"pipeline": 3, "split": [2, 1, 1]}, {"pipeline": 2, "schedule": "dualpipev"}],
+    ids=["1 stage", "4 stages", "another split", "dualpipev"],
+)
+def test_a_run_resumes_on_another_cut_to_the_same_bits(
+    workers: WorkerPool, tmp_path: Path, resumed: dict[str, Any]
+) -> None:
+    (expected, _) = workers.run(2, losses_around_checkpoint, make_config(TIED, pipeline=2), tmp_path, False)
+    config = make_config(TIED, **resumed)
+    for losses in workers.run(config.parallel.world_size, losses_around_checkpoint, config, tmp_path, True):
+        assert losses == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "resumed"),
+    [
+        ({"pipeline": 2}, {"pipeline": 2, "data": 2}),
+        ({"pipeline": 1, "data": 4}, {"pipeline": 2}),
+        ({"pipeline": 2, "data": 2}, {"pipeline": 1, "data": 3}),
+        ({"pipeline": 2, "data": 2, "precision": "bf16"}, {"pipeline": 3, "precision": "bf16"}),
+        ({"pipeline": 2, "precision": "bf16"}, {"pipeline": 1, "data": 4, "precision": "bf16"}),
+        ({"pipeline": 2, "precision": "bf16"}, {"pipeline": 2, "precision": "fp32"}),
+    ],
+    ids=["1 to 2 replicas", "4 to 1", "2 to 3", "bf16, 2 to 1", "bf16, 1 to 4", "bf16 to fp32"],
+)
+def test_a_run_resumes_on_another_number_of_replicas(
+    workers: WorkerPool, tmp_path: Path, written: dict[str, Any], resumed: dict[str, Any]
+) -> None:
+    """Replicas sum gradients in another order, and bf16 rounds; so these losses agree within a bound."""
+    results = []
+    for changes, resume in ((written, False), (resumed, True)):
+        # The same 24 sequences a step on any number of replicas.
+        config = make_config(TIED, micro_batches=12 // changes.get("data", 1), **changes)
+        results.append(workers.run(config.parallel.world_size, losses_around_checkpoint, config, tmp_path, resume)[0])
+    bound = 1e-3 if "precision" in written else 1e-5
+    assert results[1] == pytest.approx(results[0], rel=bound)

@@ -94,7 +94,14 @@ def test_every_residual_trains_from_one_changed_line(trained: Path, write_config
     assert mine[-1][1] < mine[0][1] - 1
 
 
-def test_interrupted_and_resumed_is_as_if_never_interrupted(trained: Path, write_config: Any, started: Any) -> None:
+@pytest.mark.parametrize(
+    ("resumed_with", "bound"),
+    [((), 0.0), (("--set", "parallel.pipeline=1", "--set", "parallel.data=2"), 1e-4)],
+    ids=["as it was", "one stage, two replicas"],
+)
+def test_interrupted_and_resumed_is_as_if_never_interrupted(
+    trained: Path, write_config: Any, started: Any, resumed_with: tuple[str, ...], bound: float
+) -> None:
     config = write_config()
     run = config.parent / "run"
     process = started(start_depthpipe("train", config))
@@ -106,9 +113,10 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(trained: Path, write
     checkpoint = latest_checkpoint(run)
     assert checkpoint is not None
     assert f"the last checkpoint is step {checkpoint.step}" in err
-    out, _ = depthpipe("train", config)
+    out, _ = depthpipe("train", config, *resumed_with)
     assert f"resuming {run} after step {checkpoint.step}" in out
-    assert losses(run) == losses(trained)
+    for mine, theirs in zip(losses(run), losses(trained), strict=True):
+        assert mine == pytest.approx(theirs, rel=bound, abs=0)
 
 
 def test_attention_can_stay_inside_documents(write_config: Any, tmp_path: Path) -> None:
@@ -156,6 +164,17 @@ def test_generate_continues_the_prompt_and_repeats_itself(trained: Path) -> None
     first, _ = depthpipe(*arguments)
     assert first.startswith("def f(") and len(first) > len("def f(\n")
     assert depthpipe(*arguments)[0] == first
+
+
+@pytest.mark.parametrize(
+    ("file", "size"), [("__0_0.distcp", 5000), ("__1_0.distcp", None), (".metadata", 100)], ids=str
+)
+def test_a_damaged_checkpoint_is_named(trained: Path, tmp_path: Path, file: str, size: int | None) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    damaged = run / "checkpoints" / "step-00000020" / file
+    damaged.unlink() if size is None else os.truncate(damaged, size)
+    _, err = depthpipe("generate", run, "--prompt", "x", code=2)
+    assert err.startswith(f"depthpipe: error: {damaged.parent}: cannot be read (") and err.count("\n") == 1
 
 
 def test_depth_shows_where_every_sublayer_reads(trained: Path) -> None:
