@@ -1,14 +1,12 @@
-"""Lines of compressed files and tables of parquet files, with one kind of error for whatever damages them."""
+"""Lines of compressed files, with one kind of error for whatever damages them."""
 
 from __future__ import annotations
 
 import gzip
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 from data_prep.corpus import CorpusFile
-from data_prep.errors import DepthpipeError
 
 READ_BYTES = 1 << 18
 STRIPE_BYTES = 1 << 20
@@ -120,28 +118,3 @@ def _zstd_blocks(path: str) -> Iterator[bytes]:
                 block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None:
         raise DamagedArchive("it ends before its last frame does")
-
-
-def open_parquet(path: str) -> Any:
-    """`pyarrow.parquet.ParquetFile`, or a DepthpipeError that says what is wrong."""
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise DepthpipeError(f"{path}: reading parquet needs pyarrow: pip install 'depthpipe[parquet]'") from None
-    try:
-        return parquet.ParquetFile(path)
-    except (arrow_error(), OSError) as error:
-        raise DepthpipeError(f"{path}: not a readable parquet file ({first_line(error)})") from None
-
-
-def arrow_error() -> type[Exception]:
-    """The root of pyarrow's errors; pyarrow is imported only where parquet is read."""
-    from pyarrow import ArrowException
-
-    error: type[Exception] = ArrowException
-    return error
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message, shortened to one line."""
-    return (str(error).splitlines() or [repr(error)])[0]

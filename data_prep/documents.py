@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import IO, NamedTuple
 
-from data_prep.containers import CompressedLines, DamagedArchive, arrow_error, first_line, open_parquet
+from data_prep.containers import CompressedLines, DamagedArchive
 from data_prep.corpus import CorpusFile
 from data_prep.errors import DepthpipeError
+from data_prep.parquet import DamagedRows, RowGroup, TextColumn, values
 
 READ_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16
-ROWS_AT_ONCE = 256
 LINE_BUFFER_BYTES = 1 << 16
 # Where the encoder may be restarted inside a document: in front of a run of spaces, and after a newline.
 CUT = re.compile(rb"(?<=\n)|(?<=[^ ])(?= )")
 
 
 class Slice(NamedTuple):
-    """A part of one file: a range of bytes of text and jsonl, or of row groups of parquet.
+    """A part of one file: a range of bytes of text and jsonl, or of rows of parquet.
 
     Of a compressed file, which has no other way in than from its start: share `start` of `stop` shares of its lines.
     """
@@ -137,20 +137,31 @@ class DocumentReader:
 
     def _rows(self, file: CorpusFile, start: int, stop: int) -> Iterator[Fragment]:
         try:
-            table = open_parquet(file.path)
-        except DepthpipeError as error:
-            self._bad(str(error))
+            column = TextColumn(file.path, self.text_key)
+        except DamagedRows as error:
+            self._bad(f"{file.path}: {error}")
             return
-        if self.text_key not in table.schema_arrow.names:
-            raise DepthpipeError(f"{file.path}: no column {self.text_key!r}: name one with --text-key")
-        for group in range(start, stop):
-            rows = table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group], columns=[self.text_key])
-            try:
-                values = (value for batch in rows for value in batch.column(0).to_pylist())
-                for row, value in enumerate(values):
-                    yield from self._value(value, f"{file.path}: row {row} of row group {group}")
-            except (arrow_error(), OSError) as error:
-                self._bad(f"{file.path}: row group {group}: damaged ({first_line(error)})")
+        first = 0
+        for index, group in enumerate(column.row_groups()):
+            if first < stop and start < first + group.rows:
+                yield from self._row_group(file, column, index, group, max(start - first, 0), stop - first)
+            first += group.rows
+
+    def _row_group(
+        self, file: CorpusFile, column: TextColumn, index: int, group: RowGroup, start: int, stop: int
+    ) -> Iterator[Fragment]:
+        row = 0
+        try:
+            for batch in column.batches(index, group):
+                skipped = max(start - row, 0)
+                for position, value in enumerate(values(batch[skipped : max(stop - row, 0)]), row + skipped):
+                    yield from self._value(value, f"{file.path}: row {position} of row group {index}")
+                row += len(batch)
+                if row >= stop:
+                    return
+        except DamagedRows as error:
+            if row >= start:  # or else the slices behind it would report it too
+                self._bad(f"{file.path}: row group {index}: damaged ({error})")
 
     def _parse_json(self, line: bytes, file: CorpusFile, number: Callable[[], int]) -> Iterator[Fragment]:
         if not line.strip():
@@ -170,6 +181,8 @@ class DocumentReader:
         yield from self._whole(self._decode(line.removesuffix(b"\n")))
 
     def _value(self, value: object, where: str) -> Iterator[Fragment]:
+        if isinstance(value, bytes):
+            value = self._decode(value)
         if value is None:
             self.counters.empty_documents += 1
         elif isinstance(value, str):
