@@ -1,28 +1,43 @@
-"""Attention inside documents: what a sequence of several documents tells the attention sublayers."""
+"""Several documents in one sequence: what their numbers tell the attention sublayers."""
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Documents:
-    """For each token, where it stands in its document and which tokens it may attend to.
+    """Which document each token belongs to, and what follows from it, made when it is first asked for.
 
-    positions: int64 `[batch, sequence]`, from 0 at the start of every document.
-    mask: bool `[batch, 1, sequence, sequence]`, true where the row's token may attend to the column's.
+    numbers: int `[batch, sequence]`, the number of each token's document; does not fall along a sequence.
     """
 
-    positions: Tensor
-    mask: Tensor
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
 
-    @classmethod
-    def of(cls, numbers: Tensor) -> "Documents":
-        """From the number of each token's document, int `[batch, sequence]`, which does not fall along a sequence."""
-        index = torch.arange(numbers.shape[1], device=numbers.device).expand(numbers.shape)
-        starts = torch.ones_like(numbers, dtype=torch.bool)
-        starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-        start = torch.where(starts, index, 0).cummax(dim=1).values
-        same = numbers[:, :, None] == numbers[:, None, :]
-        return cls(index - start, same.tril().unsqueeze(1))
+    @cached_property
+    def starts(self) -> Tensor:
+        """Bool `[batch, sequence]`: whether a document, or the rest of one, starts at the token."""
+        starts = torch.ones_like(self.numbers, dtype=torch.bool)
+        starts[:, 1:] = self.numbers[:, 1:] != self.numbers[:, :-1]
+        return starts
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Int64 `[batch, sequence]`: the place of each token in its document, from 0."""
+        index = torch.arange(self.numbers.shape[1], device=self.numbers.device).expand(self.numbers.shape)
+        return index - torch.where(self.starts, index, 0).cummax(dim=1).values
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Bool `[batch, 1, sequence, sequence]`: whether the row's token may attend to the column's."""
+        return (self.numbers[:, :, None] == self.numbers[:, None, :]).tril().unsqueeze(1)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Int32 `[documents + 1]`: where each document starts when all sequences lie end to end, and their end.
+
+        Waits for the device, which alone knows how many there are.
+        """
+        (starts,) = self.starts.flatten().nonzero(as_tuple=True)
+        return torch.cat([starts, starts.new_tensor([self.numbers.numel()])]).int()

@@ -88,7 +88,7 @@ def forward_layers(
     number of each token's document, int `[batch, sequence]`; attention then stays inside documents and positions
     restart in each.
     """
-    inside = Documents.of(documents) if documents is not None else None
+    inside = Documents(documents) if documents is not None else None
     for group in _groups(layers, checkpoint):
         if isinstance(group[0], Embedding):
             x = group[0](x)

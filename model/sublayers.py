@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from model.attention import causal_attention
 from model.config import ModelConfig
 from model.depth_attention import depth_attention, depth_key, inverse_rms
 from model.depth_buffer import DepthBuffer
@@ -71,11 +71,7 @@ class SelfAttention(nn.Module):
         rotated, value = qkv.split([self.num_heads + self.num_key_value_heads, self.num_key_value_heads], dim=1)
         rotated = rotate(rotated, self.rope_theta, documents.positions if documents else None)
         query, key = rotated.split([self.num_heads, self.num_key_value_heads], dim=1)
-        grouped = self.num_key_value_heads != self.num_heads
-        mask = documents.mask if documents else None
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-        )
+        output = causal_attention(query, key, value, documents)
         attended: Tensor = self.o_proj(output.transpose(1, 2).reshape(batch, sequence, -1))
         return attended
 
