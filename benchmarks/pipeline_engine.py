@@ -21,7 +21,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 # Before torch is imported, here and in the workers: their notices would stand between the lines of the table.
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "5"}
@@ -47,7 +46,7 @@ from model.loss import cross_entropy
 from pipeline.config import Config, DataSection, OptimizerSection, ParallelSection, RunSection, TrainSection
 from pipeline.module import DepthPipelineModule
 from pipeline.plan import plan_stages
-from pipeline.runtime import _init_process_group, deepspeed_settings, start_engine
+from pipeline.runtime import build_engine, deepspeed_settings, join_process_group
 from tests import worker_pool
 
 MICRO_BATCHES = 8
@@ -196,11 +195,8 @@ def read(depth: Any, tensors: tuple[Tensor, ...]) -> Tensor:
     return depth_attention(tensors, depth.query, depth.key_gain, depth.eps)
 
 
-def build_engine(config: Config, stock: bool) -> Any:
-    """DeepSpeed's engine or ours, in the process group that exists, with the same weights and the same cut."""
-    if not stock:
-        with mock.patch("pipeline.runtime._init_process_group"):
-            return start_engine(config)
+def stock_engine(config: Config) -> PipelineEngine:
+    """DeepSpeed's engine with the same weights and the same cut as ours."""
     stages = config.parallel.pipeline
     module = SeparateReads(
         config.model,
@@ -222,8 +218,8 @@ def build_engine(config: Config, stock: bool) -> Any:
 
 def measure(config: Config, rounds: int) -> dict[str, Any]:
     """This rank's seconds, losses and seconds per instruction, by kind of engine, for each round."""
-    _init_process_group(config)
-    engines: dict[str, Any] = {"stock": build_engine(config, stock=True), "ours": build_engine(config, stock=False)}
+    join_process_group(config)
+    engines: dict[str, Any] = {"stock": stock_engine(config), "ours": build_engine(config)}
     ours = engines["ours"]
     if dist.get_rank() == 0:
         engines = {"single": SingleStage(config), **engines}
@@ -284,10 +280,10 @@ def time_instructions(engine: Any) -> dict[str, float]:
 def peak_memory(config: Config, stock: bool) -> tuple[float, float]:
     """MiB of this rank's tensors at the peak of two steps, counted at the allocator; weights' and optimizer's share."""
     config = make_config(config.model.residual, config.parallel.pipeline, micro_batches=config.parallel.pipeline + 1)
-    _init_process_group(config)
+    join_process_group(config)
     os.dup2(1, 2)  # the profiler's notices go where DeepSpeed's go
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine = build_engine(config, stock)
+        engine: Any = stock_engine(config) if stock else build_engine(config)
         batches = Batches(config)
         for _ in range(2):
             engine.train_batch(batches)

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
 import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule as instructions
-from pipeline_engine import Batches, build_engine, describe, make_config, table
+from pipeline_engine import Batches, describe, make_config, table
 from rich.console import Console
 from torch import Tensor
 
 from pipeline.depth_buffer import Receiver, Sender, _slices
-from pipeline.runtime import _init_process_group
+from pipeline.runtime import build_engine, join_process_group
 from tests import worker_pool
 
 HOSTS = ("depthpipe-bench-a", "depthpipe-bench-b")
@@ -126,8 +126,8 @@ def measure(config: Any, rates: list[int], rounds: int) -> dict[int, dict[str, l
     """Seconds of every step by rate (Mbit/s) and transport, and the bytes that rank 0 sent per step."""
     rank = int(os.environ["RANK"])
     enter_host(rank)
-    _init_process_group(config)
-    overlapped, blocking = (build_engine(config, stock=False) for _ in range(2))
+    join_process_group(config)
+    overlapped, blocking = (build_engine(config) for _ in range(2))
     make_blocking(blocking)
     engines = {"blocking": blocking, "overlapped": overlapped}
     batches = {name: Batches(config) for name in engines}

@@ -46,17 +46,18 @@ def check_processes(config: Config, world_size: int, local_world_size: int) -> N
         )
 
 
-def start_engine(config: Config) -> Any:
-    """Join the process group that torchrun's environment variables describe and build this rank's stage.
-
-    Returns:
-        A :class:`pipeline.engine.DepthPipelineEngine`.
-    """
+def start_engine(config: Config) -> DepthPipelineEngine:
+    """Join the process group that torchrun's environment variables describe and build this rank's stage."""
     if Version(version("deepspeed")) < OLDEST_DEEPSPEED:
         raise ConfigError(
             f"deepspeed {version('deepspeed')} computes wrong pipeline gradients; install {OLDEST_DEEPSPEED} or newer"
         )
-    _init_process_group(config)
+    join_process_group(config)
+    return build_engine(config)
+
+
+def build_engine(config: Config) -> DepthPipelineEngine:
+    """This rank's stage and its optimizer, in the process group that the rank has joined."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
@@ -157,7 +158,12 @@ def set_optimizer(engine: DepthPipelineEngine, config: Config, lr: float) -> Non
         engine.optimizer.clip_grad = engine.gradient_clipping()
 
 
-def _init_process_group(config: Config) -> None:
+def join_process_group(config: Config) -> None:
+    """Meet the other ranks, and make the device and the backend known to torch and DeepSpeed.
+
+    Raises:
+        ConfigError: if a rank does not come in time; the message names it.
+    """
     accelerated = torch.cuda.is_available()
     if accelerated:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
