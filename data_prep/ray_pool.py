@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,18 @@ class RayPool:
         self._ray = ray
         self._done = (0, 0, 0)
         self._owns_ray = not ray.is_initialized()
+        # An instance of ours reports nothing to Ray's makers, unless the user says so.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if self._owns_ray:
             try:
-                # The package travels to the nodes, which need only its dependencies.
-                environment = {"py_modules": [data_prep]}
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
+                ray.init(
+                    os.environ.get("RAY_ADDRESS", "local"),  # or else Ray joins whatever was last started here
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    # The package travels to the nodes, which need only its dependencies.
+                    runtime_env={"py_modules": [data_prep]},
+                )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise DepthpipeError(f"--ray: no cluster ({str(error).splitlines()[0]}): {CONNECT_HELP}") from None
         actor = ray.remote(num_cpus=1, max_restarts=0)(_UnitActor)
