@@ -28,7 +28,7 @@ import webdataset
 from data_peers import inputs_and_labels
 from rich.console import Console
 from rich.table import Table
-from tokenizing import installed_peers, run_peer
+from tokenizing import add_common_arguments, installed_peers, run_peer
 
 from data_prep.manifest import Manifest
 from data_prep.shards import CHUNK_TOKENS, ShardInfo, ShardWriter
@@ -200,9 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megatokens", type=int, default=64)
     parser.add_argument("--sequences", type=int, default=20_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that has the peers")
-    parser.add_argument("--work", default=None, help="where to put temporary files")
+    add_common_arguments(parser)
     return parser.parse_args()
 
 

@@ -223,10 +223,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--vocab-size", type=int, default=16384)
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--work", default=None, help="where to put temporary files")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,24 @@ import pytest
 import yaml
 
 from pipeline.cli import main
+from pipeline.metrics import StepMetrics
 
+# A step of an invented run.
+METRICS = StepMetrics(
+    step=1,
+    tokens=16384,
+    loss=9.1234,
+    grad_norm=0.75,
+    lr=3e-3,
+    step_time_s=1.25,
+    tokens_per_second=13107.2,
+    tokens_per_second_per_device=6553.6,
+    mfu=0.382,
+    data_wait_s=0.005,
+    bubble_fraction=0.0588,
+    memory_bytes=812 << 20,
+    time=0.0,
+)
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {
     **os.environ,

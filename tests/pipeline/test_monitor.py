@@ -26,24 +26,10 @@ from rich.console import Console
 from data_prep.errors import DepthpipeError
 from pipeline.curve import Curve, Series, sparkline
 from pipeline.history import RunHistory
-from pipeline.metrics import MetricsWriter, StepMetrics, read_metrics
+from pipeline.metrics import MetricsWriter, read_metrics
 from pipeline.monitor import Frame, add_commands, monitor, read_config
+from tests.pipeline.conftest import METRICS
 
-METRICS = StepMetrics(
-    step=1,
-    tokens=16384,
-    loss=9.1234,
-    grad_norm=0.75,
-    lr=3e-3,
-    step_time_s=1.25,
-    tokens_per_second=13107.2,
-    tokens_per_second_per_device=6553.6,
-    mfu=0.382,
-    data_wait_s=0.005,
-    bubble_fraction=0.0588,
-    memory_bytes=812 << 20,
-    time=0.0,
-)
 CONFIG = """
 run: {dir: runs/quickstart, seed: 1234}
 model: {residual: block, layers_per_block: 2, num_hidden_layers: 8, hidden_size: 256}

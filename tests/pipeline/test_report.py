@@ -16,24 +16,11 @@ import pytest
 from data_prep.errors import DepthpipeError
 from pipeline.chart import Chart, Line, nice_ticks
 from pipeline.formatting import format_bytes, format_count, format_duration, format_percent, format_seconds
-from pipeline.metrics import MetricsWriter, StepMetrics
+from pipeline.metrics import MetricsWriter
 from pipeline.report import add_commands, render_report, report
+from tests.pipeline.conftest import METRICS
 
-METRICS = StepMetrics(
-    step=1,
-    tokens=16384,
-    loss=9.0,
-    grad_norm=0.75,
-    lr=3e-3,
-    step_time_s=1.25,
-    tokens_per_second=13107.2,
-    tokens_per_second_per_device=6553.6,
-    mfu=0.382,
-    data_wait_s=0.25,
-    bubble_fraction=0.2,
-    memory_bytes=812 << 20,
-    time=0.0,
-)
+STEP = replace(METRICS, data_wait_s=0.25, bubble_fraction=0.2)
 
 
 def make_run(run_dir: Path, steps: int, **changes: float | None) -> Path:
@@ -42,7 +29,7 @@ def make_run(run_dir: Path, steps: int, **changes: float | None) -> Path:
     with MetricsWriter(run_dir, tensorboard=False) as writer:
         for step in range(1, steps + 1):
             validation = 3.25 if step % 50 == 0 else None
-            metrics = replace(METRICS, step=step, tokens=16384 * step, loss=9 - step / 100, validation_loss=validation)
+            metrics = replace(STEP, step=step, tokens=16384 * step, loss=9 - step / 100, validation_loss=validation)
             writer.write(replace(metrics, **changes))
     return run_dir
 
