@@ -52,6 +52,7 @@ class BatchLoader:
         prefetch: int = 4,
     ) -> None:
         """`position`: where another loader's `position()` left off; its batch sizes and ranks may have been others.
+        `prefetch`: micro-batches to hold ready; one, the least, where it is 0.
 
         Raises ValueError for sizes that do not divide, DepthpipeError for a position in another stream.
         """
