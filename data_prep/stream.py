@@ -73,8 +73,9 @@ class BatchLoader:
         self._pin = torch.cuda.is_available()
         self._taken = 0
         self.wait_seconds = 0.0
+        self.skipped: list[int] = []  # global numbers of the sequences so far that could not be read and were replaced
         self._stop = threading.Event()
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=max(1, prefetch))
+        self._queue: queue.Queue[tuple[Batch, list[int]] | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._thread = threading.Thread(target=self._read_ahead, name="depthpipe-batches", daemon=True)
         self._thread.start()
 
@@ -83,12 +84,14 @@ class BatchLoader:
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
-        batch = self._queue.get()
+        taken = self._queue.get()
         self.wait_seconds += time.perf_counter() - started
-        if isinstance(batch, BaseException):
-            self._queue.put(batch)
-            raise batch
+        if isinstance(taken, BaseException):
+            self._queue.put(taken)
+            raise taken
+        batch, skipped = taken
         self._taken += 1
+        self.skipped += skipped
         return batch
 
     def position(self) -> dict[str, Any]:
@@ -112,7 +115,7 @@ class BatchLoader:
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: Batch | BaseException) -> bool:
+    def _put(self, item: tuple[Batch, list[int]] | BaseException) -> bool:
         """Wait for room in the queue; False when the loader was closed meanwhile."""
         while not self._stop.is_set():
             try:
@@ -122,15 +125,20 @@ class BatchLoader:
                 continue
         return False
 
-    def _micro_batches(self) -> Iterator[Batch]:
-        """Small micro-batches are read several at once, for a call costs as much as reading tens of sequences."""
+    def _micro_batches(self) -> Iterator[tuple[Batch, list[int]]]:
+        """Micro-batches, each with the sequences of it that could not be read.
+
+        Small ones are read several at once, for a call costs as much as reading tens of sequences.
+        """
         at_once = max(1, READ_TOKENS // (self._micro_batch_size * self._stream.sequence_length))
         indices = self._micro_batch_indices()
         while True:
             several = list(itertools.islice(indices, at_once))
             tokens = self._stream.read(np.concatenate(several))
-            for first in range(0, len(tokens), self._micro_batch_size):
-                yield self._batch(tokens[first : first + self._micro_batch_size])
+            skipped, self._stream.skipped = self._stream.skipped, []
+            for place, wanted in enumerate(several):
+                batch = self._batch(tokens[place * len(wanted) : (place + 1) * len(wanted)])
+                yield batch, [number for number in skipped if number in wanted]
 
     def _micro_batch_indices(self) -> Iterator[Int64Array]:
         step_start = self._first_sample
@@ -187,7 +195,7 @@ def _samples_consumed(stream: SequenceStream, position: dict[str, Any] | None) -
     return int(position["samples"])
 
 
-def _drain(batches: queue.Queue[Batch | BaseException]) -> None:
+def _drain(batches: queue.Queue[tuple[Batch, list[int]] | BaseException]) -> None:
     while True:
         try:
             batches.get_nowait()

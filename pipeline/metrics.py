@@ -45,6 +45,7 @@ class StepMetrics:
     bubble_fraction: float  # part of a step in which a stage waits for its neighbours, 0..1
     memory_bytes: int  # peak of the fullest device; CPU: peak resident memory of the fullest process
     time: float  # seconds since the Unix epoch at the end of the step
+    skipped_sequences: int = 0  # could not be read, and others took their places (data.on_bad_shard: skip)
     validation_loss: float | None = None  # nats per token, on the steps where it was measured
 
     @property
@@ -85,7 +86,7 @@ class StepMetrics:
 
 
 _FIELD_NAMES = tuple(field.name for field in fields(StepMetrics))
-_OPTIONAL = ("mfu", "validation_loss")
+_OPTIONAL = ("mfu", "skipped_sequences", "validation_loss")
 # TensorBoard puts what stands before the slash under one heading.
 _TRAINING = ("loss", "validation_loss", "grad_norm", "lr", "tokens")
 _SCALARS = {

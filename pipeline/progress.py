@@ -35,6 +35,7 @@ class TrainProgress:
         self._total_steps = total_steps
         self._total_tokens = total_steps * tokens_per_step
         self._step = start_step
+        self._skipped = 0
         self._metrics: StepMetrics | None = None
         self._pace: deque[tuple[float, int]] = deque([(time.monotonic(), start_step)], maxlen=_ETA_STEPS)
         self._last_plain = -math.inf
@@ -59,11 +60,17 @@ class TrainProgress:
             self._print_plain()
 
     def update(self, metrics: StepMetrics) -> None:
-        """A step was logged. Its validation loss, if any, gets a line of its own that stays."""
+        """A step was logged. Its validation loss, and the first skipped sequences, get lines of their own that stay."""
         self._metrics = metrics
         self._step = metrics.step
         now = time.monotonic()
         self._pace.append((now, metrics.step))
+        if metrics.skipped_sequences:
+            if not self._skipped:
+                self.message(
+                    f"step {metrics.step:,}: damaged sequences are skipped; logs/rank-0.log names their shards"
+                )
+            self._skipped += metrics.skipped_sequences
         if metrics.validation_loss is not None:
             self.message(f"step {metrics.step:,}: validation loss {metrics.validation_loss:.4f}")
         if self._live is None and now - self._last_plain >= _PLAIN_SECONDS:
@@ -99,6 +106,8 @@ class TrainProgress:
             ("tokens", f"{format_count(metrics.tokens)}/{format_count(self._total_tokens)}", 5),
             ("ETA", format_duration(self._eta_seconds()), 2),
         ]
+        if self._skipped:
+            parts.append(("skipped sequences", format_count(self._skipped), 6))
         return parts
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

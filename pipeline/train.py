@@ -81,10 +81,12 @@ def train(config: Config, console: TextIO) -> None:
             loss = float(engine.train_batch(loader))
             _check_finite(config, engine, step, loss)
             validates = config.data.validation is not None and (last or _due(step, config.train.validation_every))
-            logs = validates or last or _due(step, config.monitor.every)
+            saves = last or _due(step, config.checkpoint.every)
+            # Measuring compares what the stages have read, so nothing is saved or validated without it.
+            logs = saves or validates or _due(step, config.monitor.every)
             line = meter.measure(step, loss, lr) if logs else None
             with meter.paused():
-                if last or _due(step, config.checkpoint.every):
+                if saves:
                     position = loader.position() if loader else {}
                     save_checkpoint(engine, run_dir, step, position, identity, config.checkpoint.keep)
                 if validates and line is not None:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_prep.errors import DepthpipeError
+from data_prep.stream import BatchLoader, DatasetSource, SequenceStream
 from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers import build_layer, forward_layers
 from model.loss import cross_entropy
 from pipeline.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import Config, DataSection, OptimizerSection, ParallelSection, RunSection, TrainSection
+from pipeline.meter import Meter
 from pipeline.runtime import run_identity
 
 MODEL = ModelConfig(
@@ -191,3 +194,29 @@ def losses_of_steps(config: Config, steps: int) -> list[tuple[float, float]]:
         loss = float(engine.train_batch(batches))
         results.append((loss, float(engine.get_global_grad_norm())))
     return results
+
+
+def skipped_sequences(config: Config, datasets: list[Path]) -> list[int] | str:
+    """How many sequences each of four steps skipped, each rank reading its own dataset; or what this rank raises."""
+    engine = start(config)
+    rank = torch.distributed.get_rank()
+    stream = SequenceStream([DatasetSource(str(datasets[rank]))], SEQUENCE, seed=7, on_bad_shard="skip")
+    loader = BatchLoader(
+        stream,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=MICRO_BATCH,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        columns="labels" if rank else "inputs",
+    )
+    meter = Meter(config, engine, loader, 0)
+    found = []
+    try:
+        for step in range(1, 5):
+            loss = float(engine.train_batch(loader))
+            found.append(meter.measure(step, loss, lr=0.0).skipped_sequences)
+    except DepthpipeError as error:
+        return str(error)
+    finally:
+        loader.close()
+    return found

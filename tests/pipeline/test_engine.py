@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.pipeline.engine_cases import (
     losses_around_checkpoint,
     losses_of_steps,
     make_config,
+    skipped_sequences,
     validation_losses,
     with_fault,
 )
@@ -253,3 +255,18 @@ def test_a_run_resumes_on_another_number_of_replicas(
         results.append(workers.run(config.parallel.world_size, losses_around_checkpoint, config, tmp_path, resume)[0])
     bound = 1e-3 if "precision" in written else 1e-5
     assert results[1] == pytest.approx(results[0], rel=bound)
+
+
+def test_stages_that_read_different_data_are_found(workers: WorkerPool, dataset: Path, tmp_path: Path) -> None:
+    """Inputs come from the first stage's copy of the data and labels from the last one's."""
+    sound, damaged = dataset / "train", shutil.copytree(dataset / "train", tmp_path / "damaged")
+    shard = damaged / "shards" / "000000.tar"
+    with open(shard, "r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        file.write(b"\xff" * (shard.stat().st_size // 4))
+    config = make_config(dataclasses.replace(MODEL, vocab_size=512), pipeline=2)
+    assert workers.run(2, skipped_sequences, config, [sound, sound]) == [[0] * 4] * 2
+    (alike, _) = workers.run(2, skipped_sequences, config, [damaged, damaged])
+    assert len(alike) == 4 and sum(alike) > 0
+    for answer in workers.run(2, skipped_sequences, config, [sound, damaged]):
+        assert "rank 1 could not read the same sequences as the first stage" in answer

@@ -194,15 +194,26 @@ def test_monitor_shows_the_finished_run(trained: Path) -> None:
     assert "20" in out and "finished" in out
 
 
-def test_a_damaged_shard_ends_the_run_in_one_line(dataset: Path, write_config: Any, tmp_path: Path) -> None:
+def test_a_damaged_shard_ends_the_run_in_one_line_or_is_skipped(
+    dataset: Path, write_config: Any, tmp_path: Path
+) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(dataset / "train", damaged)
     shard = sorted((damaged / "shards").glob("*.tar"))[0]
-    os.truncate(shard, shard.stat().st_size * 3 // 4)
+    with open(shard, "r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        file.write(b"\xff" * (shard.stat().st_size // 4))
     config = write_config(data={"train": str(damaged)})
     _, err = depthpipe("train", config, code=2)
     assert err.startswith("depthpipe: error: ") and err.count("\n") == 1
     assert str(shard) in err
+    settings = ("--set", "data.on_bad_shard=skip", "--set", "train.steps=4")
+    out, _ = depthpipe("train", config, *settings)
+    lines = read_metrics(config.parent / "run")[0]
+    assert sum(line.skipped_sequences for line in lines) > 0 and len(lines) == 4
+    assert out.count("damaged sequences are skipped; logs/rank-0.log names their shards") == 1
+    assert "| skipped sequences " in out
+    assert str(shard) in (config.parent / "run" / "logs" / "rank-0.log").read_text()
 
 
 def can_make_namespaces() -> bool:

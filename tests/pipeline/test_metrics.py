@@ -51,7 +51,7 @@ def write_run(run_dir: Path, steps: range, tensorboard: bool = False) -> None:
 
 def test_the_names_that_dashboards_read():
     names = "step tokens loss grad_norm lr step_time_s tokens_per_second tokens_per_second_per_device mfu data_wait_s"
-    names += " bubble_fraction memory_bytes time"
+    names += " bubble_fraction memory_bytes time skipped_sequences"
     assert list(json.loads(METRICS.to_json())) == names.split()
     validated = replace(METRICS, validation_loss=2.5)
     assert list(json.loads(validated.to_json())) == [*names.split(), "validation_loss"]
@@ -204,6 +204,7 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path):
         *(f"training/{name}" for name in ("loss", "validation_loss", "grad_norm", "lr", "tokens")),
         *(f"performance/{name}" for name in ("step_time_s", "tokens_per_second", "tokens_per_second_per_device")),
         *(f"performance/{name}" for name in ("mfu", "data_wait_s", "bubble_fraction", "memory_bytes")),
+        "performance/skipped_sequences",
     }
 
 
