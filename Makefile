@@ -3,8 +3,9 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/installed
+INSTALLED_DEV := .venv/installed-dev
 DATA := data/quickstart
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help quickstart test check clean
 help:
@@ -23,7 +24,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/depthpipe monitor runs/quickstart --once
 	$(BIN)/depthpipe generate runs/quickstart --prompt 'def __init__(self' --temperature 0.5 --max-tokens 120
 
-check: $(INSTALLED)
+check: $(INSTALLED_DEV)
 	@$(BIN)/ruff format --check --quiet . || { echo "ruff: not formatted; run $(BIN)/ruff format ."; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
@@ -42,5 +43,10 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch setuptools wheel
 	@$(PIP) numpy packaging ninja psutil py-cpuinfo pydantic
-	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[dev]'
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo "installing what the tests need into .venv (once)"
+	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
