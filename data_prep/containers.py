@@ -98,7 +98,7 @@ def _decompressed(file: CorpusFile) -> Iterator[bytes]:
 
 def _gzip_blocks(path: str) -> Iterator[bytes]:
     with gzip.open(path) as stream:
-        while block := stream.read(READ_BYTES):
+        while block := stream.read1(READ_BYTES):  # `read` would lose what comes before damage
             yield block
 
 

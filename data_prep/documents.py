@@ -17,6 +17,7 @@ from data_prep.parquet import DamagedRows, RowGroup, TextColumn, values
 READ_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16
 LINE_BUFFER_BYTES = 1 << 16
+BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it, and joined files have it inside
 # Where the encoder may be restarted inside a document: in front of a run of spaces, and after a newline.
 CUT = re.compile(rb"(?<=\n)|(?<=[^ ])(?= )")
 
@@ -117,7 +118,9 @@ class DocumentReader:
         with open(file.path, "rb", buffering=LINE_BUFFER_BYTES) as stream:
             if start:
                 stream.seek(start - 1)
-                stream.readline()
+                # Not further than the slice, for a line that is longer than many slices would be read in each.
+                if not stream.readline(stop - start).endswith(b"\n"):
+                    return
             position = stream.tell()
             while position < stop:
                 line = stream.readline()
@@ -167,7 +170,7 @@ class DocumentReader:
         if not line.strip():
             return
         try:
-            value = json.loads(self._decode(line))
+            value = json.loads(self._decode(line).removeprefix(BYTE_ORDER_MARK))
             text = value[self.text_key]
         except (ValueError, RecursionError):
             self._bad(f"{file.path}:{number()}: not valid JSON")
@@ -201,7 +204,11 @@ class DocumentReader:
         except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
             text = self._decode(text.encode("utf-8", "surrogatepass"))
             head = text[:HEAD_BYTES].encode()
-        yield Fragment(head, text, ends=True)
+        start = 0
+        while self.cuttable and (stop := cut_after(text, start)):
+            yield Fragment(head, text[start:stop], ends=False)
+            start = stop
+        yield Fragment(head, text[start:], ends=True)
 
     def _decode(self, data: bytes) -> str:
         try:
@@ -243,6 +250,17 @@ def last_cut(data: bytes | bytearray, start: int = 0) -> int:
     while space > 0 and data[space - 1] == ord(" "):
         space -= 1
     return max(newline, space, 0)
+
+
+def cut_after(text: str, start: int) -> int:
+    """Where `text` may be cut, some READ_BYTES after `start`; 0 when there is no such place or little text is left."""
+    characters = READ_BYTES
+    while start + characters < len(text):
+        piece = text[start : start + characters].encode()
+        if cut := last_cut(piece):
+            return start + len(piece[:cut].decode())
+        characters *= 2
+    return 0
 
 
 def _line_number(path: str, position: int) -> int:

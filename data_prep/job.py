@@ -69,7 +69,7 @@ def tokenize_corpus(
     started = time.monotonic()
     out = Path(out)
     tokenizer = Tokenizer.load(tokenizer_path)
-    files = find_files(inputs, include, exclude)
+    files = find_files(inputs, include, exclude, out)
     plan = Plan.make(files, tokenizer.fingerprint, options or Options(), cuttable=Encoder(tokenizer).cuttable)
     if (out / JOB_FILE).exists():
         record = read_json(out / JOB_FILE)

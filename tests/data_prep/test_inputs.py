@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import random
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from data_prep import parquet as parquet_reader
 from data_prep.corpus import CorpusFile, Kind, find_files
 from data_prep.documents import DocumentReader, first_cut, last_cut
 from data_prep.errors import DepthpipeError
+from data_prep.job import merge_parts, tokenize_corpus
 from data_prep.plan import Options, Plan
 
 Write = Callable[[Path, Sequence[str]], None]
@@ -309,6 +312,65 @@ def test_inputs_are_found_by_suffix_include_exclude_and_glob(tmp_path: Path) -> 
     assert names([str(tmp_path)], include=["*.py"], exclude=["sub/*", "b.*"]) == ["tests/d.py"]
     assert names([str(tmp_path / "**/*.py")]) == ["b.py", "e.py", "d.py"]
     assert names([str(tmp_path / "c.md"), str(tmp_path)]) == ["c.md", "a.txt", "sub/f.txt"]
+
+
+def test_what_is_no_regular_file_is_left_out_or_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for name in ("pipe.txt", "pipe.jsonl", "pipe.jsonl.gz", "pipe.parquet"):
+        os.mkfifo(tmp_path / name)  # opening one would wait for ever
+    (tmp_path / "self").symlink_to(tmp_path)
+    assert [file.name for file in find_files([str(tmp_path)])] == ["a.txt"]
+    with pytest.raises(DepthpipeError, match=r"pipe\.txt: not a regular file"):
+        find_files([str(tmp_path / "pipe.txt")])
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    with pytest.raises(DepthpipeError, match=r"b\.txt: cannot read"):
+        find_files([str(tmp_path)])
+
+
+def test_a_job_inside_its_input_does_not_read_its_own_result(
+    tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    monkeypatch.chdir(tmp_path)
+    for part in ((1, 2), (2, 2)):
+        tokenize_corpus(["."], tokenizer_path, "data", workers=1, include=["*"], part=part)
+    assert merge_parts("data").counters.documents == 1
+    assert tokenize_corpus(["."], tokenizer_path, "data", workers=1, include=["*"]).finished
+
+
+def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DepthpipeError, match=r"no text found: expected files that match --include \*\.py"):
+        find_files([str(tmp_path)], include=["*.py"])
+
+
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + as_jsonl(["a"]) + b"\xef\xbb\xbf" + as_jsonl(["\ufeffb"]))
+    assert read_all(tmp_path)[0] == ["a", "\ufeffb"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_everything_in_front_of_trailing_garbage_is_kept(name: str, tmp_path: Path) -> None:
+    texts = [f"document {i}" for i in range(500)]
+    WRITERS[name](tmp_path / name, texts)
+    with open(tmp_path / name, "ab") as stream:
+        stream.write(b"trailing garbage")
+    with pytest.raises(DepthpipeError, match=rf"{name}:501: damaged archive"):
+        read_all(tmp_path)
+    got, reader = read_all(tmp_path, skip_bad=True)
+    assert got == texts and reader.counters.skipped == 1
+
+
+def test_slices_inside_a_long_line_do_not_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(as_jsonl(["x" * 20_000_000, "second"]))
+    (file,) = find_files([str(path)])
+    reader = DocumentReader("text", "file", cuttable=True, skip_bad=False)
+    started = time.process_time()
+    for start in range(1000, 19_980_000, 10_000):
+        assert not list(reader.read(file, start, start + 10_000))
+    assert time.process_time() - started < 5, "2000 slices that each read 10 MB take longer"
+    assert [fragment.text for fragment in reader.read(file, 19_981_000, file.size)] == ["second"]
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "jsonl.gz", "jsonl.zst"])
