@@ -19,6 +19,8 @@ SUFFIXES: dict[str, Kind] = {
     ".jsonl": "jsonl",
     ".jsonl.gz": "jsonl.gz",
     ".jsonl.zst": "jsonl.zst",
+    ".json.gz": "jsonl.gz",  # as C4 and Dolma call theirs
+    ".json.zst": "jsonl.zst",
     ".parquet": "parquet",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -10,7 +11,7 @@ from functools import partial
 from typing import IO, NamedTuple
 
 from data_prep.containers import CompressedLines, DamagedArchive
-from data_prep.corpus import CorpusFile
+from data_prep.corpus import SUFFIXES, CorpusFile
 from data_prep.errors import DepthpipeError
 from data_prep.parquet import DamagedRows, RowGroup, TextColumn, values
 
@@ -18,6 +19,8 @@ READ_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16
 LINE_BUFFER_BYTES = 1 << 16
 BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it, and joined files have it inside
+MAGIC_NUMBERS = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX", b"PK\x03\x04")  # gzip, zstd, xz, zip: none begins a text
+COMPRESSED_SUFFIXES = [suffix for suffix, kind in SUFFIXES.items() if kind not in ("text", "jsonl")]
 # Where the encoder may be restarted inside a document: in front of a run of spaces, and after a newline.
 CUT = re.compile(rb"(?<=\n)|(?<=[^ ])(?= )")
 
@@ -94,6 +97,8 @@ class DocumentReader:
             self.counters.empty_documents += 1
             return
         with open(file.path, "rb") as stream:
+            if self._is_compressed(file, stream, start):
+                return
             head = stream.read(HEAD_BYTES)
             start = first_cut(stream, start, file.size)
             stop = first_cut(stream, stop, file.size)
@@ -116,6 +121,8 @@ class DocumentReader:
     def _lines(self, file: CorpusFile, start: int, stop: int) -> Iterator[Fragment]:
         parse = self._parse_json if file.kind == "jsonl" else self._parse_line
         with open(file.path, "rb", buffering=LINE_BUFFER_BYTES) as stream:
+            if self._is_compressed(file, stream, start):
+                return
             if start:
                 stream.seek(start - 1)
                 # Not further than the slice, for a line that is longer than many slices would be read in each.
@@ -128,6 +135,14 @@ class DocumentReader:
                     break
                 yield from parse(line, file, partial(_line_number, file.path, position))
                 position += len(line)
+
+    def _is_compressed(self, file: CorpusFile, stream: IO[bytes], start: int) -> bool:
+        """Whether what goes as plain text is none, which the file's first slice reports."""
+        if not os.pread(stream.fileno(), 4, 0).startswith(MAGIC_NUMBERS):
+            return False
+        if start == 0:
+            self._bad(f"{file.path}: compressed, which is read only as {', '.join(COMPRESSED_SUFFIXES)}")
+        return True
 
     def _compressed_lines(self, file: CorpusFile, share: int, shares: int) -> Iterator[Fragment]:
         lines = CompressedLines(file, share, shares)

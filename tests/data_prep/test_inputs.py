@@ -361,6 +361,16 @@ def test_everything_in_front_of_trailing_garbage_is_kept(name: str, tmp_path: Pa
     assert got == texts and reader.counters.skipped == 1
 
 
+@pytest.mark.parametrize("documents", ["file", "line"])
+def test_compressed_text_is_not_taken_for_text(documents: str, tmp_path: Path, small_pieces: None) -> None:
+    (tmp_path / "a.txt").write_bytes(gzip.compress(random.Random(0).randbytes(2000)))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(as_jsonl(["json"])))
+    with pytest.raises(DepthpipeError, match=r"a\.txt: compressed, which is read only as \.jsonl\.gz"):
+        read_all(tmp_path, documents=documents)
+    got, reader = read_all(tmp_path, documents=documents, skip_bad=True)
+    assert got == ["json"] and reader.counters.skipped == 1
+
+
 def test_slices_inside_a_long_line_do_not_read_it(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(as_jsonl(["x" * 20_000_000, "second"]))
