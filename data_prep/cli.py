@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_prep.checks import statistics, verify
+from data_prep.corpus import SUFFIXES
 from data_prep.errors import DepthpipeError
 from data_prep.job import Report, merge_parts, tokenize_corpus
 from data_prep.plan import Options
@@ -128,7 +129,12 @@ def _command(
 
 
 def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, directories or globs")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help=f"files, globs, or directories, of which {', '.join(SUFFIXES)} files are read and links not followed",
+    )
     parser.add_argument(
         "--include", action="append", default=[], metavar="GLOB", help="in directories, read these files"
     )

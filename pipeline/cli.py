@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except DepthpipeError as error:
-        print(f"depthpipe: error: {error}", file=sys.stderr)
+        line = str(error).replace("\n", "\\n")  # a file's name may hold one
+        print(f"depthpipe: error: {line}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     except BrokenPipeError:  # the reader of a pipe has left, as in `depthpipe monitor --once | head`
         sys.stderr.close()
