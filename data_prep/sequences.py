@@ -64,7 +64,7 @@ class SequenceStream:
         """
         self.sequence_length = sequence_length
         self.seed = seed
-        self.skipped: list[int] = []  # global numbers of the sequences that could not be read
+        self.skipped: list[int] = []  # global numbers of the sequences that could not be read, in the order of reading
         self._on_bad_shard = on_bad_shard
         self._window_tokens = window_tokens
         self._datasets = [

@@ -73,7 +73,7 @@ class BatchLoader:
         self._pin = torch.cuda.is_available()
         self._taken = 0
         self.wait_seconds = 0.0
-        self.skipped: list[int] = []  # global numbers of the sequences so far that could not be read and were replaced
+        self._skipped: list[int] = []
         self._stop = threading.Event()
         self._queue: queue.Queue[tuple[Batch, list[int]] | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._thread = threading.Thread(target=self._read_ahead, name="depthpipe-batches", daemon=True)
@@ -91,8 +91,13 @@ class BatchLoader:
             raise taken
         batch, skipped = taken
         self._taken += 1
-        self.skipped += skipped
+        self._skipped += skipped
         return batch
+
+    def take_skipped(self) -> list[int]:
+        """Global numbers of the sequences since the last call that could not be read and were replaced."""
+        skipped, self._skipped = self._skipped, []
+        return skipped
 
     def position(self) -> dict[str, Any]:
         """State after the last whole step that was consumed: small, JSON-able, the same on every rank."""
@@ -134,8 +139,9 @@ class BatchLoader:
         indices = self._micro_batch_indices()
         while True:
             several = list(itertools.islice(indices, at_once))
+            before = len(self._stream.skipped)
             tokens = self._stream.read(np.concatenate(several))
-            skipped, self._stream.skipped = self._stream.skipped, []
+            skipped = self._stream.skipped[before:]
             for place, wanted in enumerate(several):
                 batch = self._batch(tokens[place * len(wanted) : (place + 1) * len(wanted)])
                 yield batch, [number for number in skipped if number in wanted]

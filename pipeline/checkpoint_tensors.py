@@ -7,7 +7,6 @@ replicas. torch's distributed checkpoint moves the bytes and finds the files tha
 from __future__ import annotations
 
 import math
-import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from data_prep.errors import DepthpipeError
 if TYPE_CHECKING:
     from pipeline.engine import DepthPipelineEngine
 
+METADATA_FILE = ".metadata"  # torch's list of the tensors, which files hold them and where
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight's gradients
 
 
@@ -72,13 +72,13 @@ def save_training_state(engine: DepthPipelineEngine, directory: Path) -> None:
     Raises:
         DepthpipeError: if a rank cannot write.
     """
+    _check_shares(engine)
     parts = list(_optimizer_parts(engine))
     try:
         dcp.save({}, storage_writer=dcp.FileSystemWriter(directory), planner=_SaveParts(parts))
     except CheckpointException as error:
         raise DepthpipeError(
-            f"{directory}: cannot be written ({_reason(error)}); look for room there; "
-            "the same command resumes from the checkpoint before"
+            f"{directory}: cannot be written ({_reason(error)}); make room there and run the same command again"
         ) from None
 
 
@@ -108,28 +108,12 @@ def read_parts(directory: Path, parts: Sequence[Part], *, alone: bool = False) -
     Raises:
         DepthpipeError: if the directory is not whole or cannot be read.
     """
-    missing = [path.name for path in sorted(files_of(directory)) if not path.exists()]
-    if missing:
-        raise DepthpipeError(f"{directory}: cannot be read ({', '.join(missing)} is missing)")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what `alone` asks for
             dcp.load({}, storage_reader=dcp.FileSystemReader(directory), planner=_LoadParts(parts), no_dist=alone)
     except CheckpointException as error:
         raise DepthpipeError(f"{directory}: cannot be read ({_reason(error)})") from None
-
-
-def files_of(directory: Path) -> set[Path]:
-    """The files that hold the tensors of the checkpoint in `directory`, whether they are there or not.
-
-    Raises:
-        DepthpipeError: if the list of them cannot be read.
-    """
-    try:
-        metadata = dcp.FileSystemReader(directory).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise DepthpipeError(f"{directory}: cannot be read ({error})") from None
-    return {directory / place.relative_path for place in metadata.storage_data.values()}
 
 
 def _parameters(engine: DepthPipelineEngine) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -157,13 +141,24 @@ def _optimizer_parts(engine: DepthPipelineEngine) -> Iterator[Part]:
             yield Part(key, tensor.view(-1)[elements], start, parameter.numel())
 
 
+def _check_shares(engine: DepthPipelineEngine) -> None:
+    """Raise RuntimeError unless the optimizer's memory is where DeepSpeed says: it holds the weights that compute."""
+    for name, parameter in _parameters(engine):
+        share = parameter._hp_mapping if _is_copied(parameter) else None  # type: ignore[attr-defined]
+        if share is not None:
+            at = share.lp_fragment_address
+            computing = parameter.detach().view(-1)[at.start : at.start + at.numel]
+            if not torch.equal(computing, share.hp_fragment.to(computing.dtype)):
+                raise RuntimeError(f"{name}: DeepSpeed's optimizer holds other values than the model computes with")
+
+
 def _is_copied(parameter: torch.nn.Parameter) -> bool:
     """Whether DeepSpeed's optimizer steps elements of a flat tensor of its own in the parameter's place."""
     return hasattr(parameter, "_hp_mapping")
 
 
 class _SaveParts(DefaultSavePlanner):
-    """Writes parts. The base class puts together what all ranks write, and checks that it has no gap or overlap."""
+    """Writes parts. The base class puts together what all ranks write, and checks that nothing is written twice."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__(flatten_state_dict=False)

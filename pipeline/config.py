@@ -378,6 +378,8 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 1) not in (0, 1):
         raise ConfigError("deepspeed.zero_optimization: a section whose stage is 0 or 1; pipelines allow no other")
+    if zero.get("round_robin_gradients"):  # DeepSpeed then misstates where a weight lies in the optimizer's memory
+        raise ConfigError("deepspeed.zero_optimization.round_robin_gradients: checkpoints would be wrong; leave it out")
 
 
 def _check_parallel(config: Config) -> None:

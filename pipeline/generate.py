@@ -80,6 +80,7 @@ def load_model(run_dir: str | Path) -> tuple[LanguageModel, torch.device]:
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         raise DepthpipeError(f"{run_dir}: no checkpoint yet; train first, or wait for checkpoint.every steps")
+    checkpoint.check_before_reading()
     model = LanguageModel(config, seed=0)
     weights = [Part.whole(name, parameter) for name, parameter in model.named_parameters()]
     read_parts(checkpoint.path, weights, alone=True)

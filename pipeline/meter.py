@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import DepthpipeError
 from data_prep.stream import BatchLoader
 from model.flops import flops_per_token
+from pipeline.agreement import agreed_skips, skips_since
 from pipeline.config import Config
 from pipeline.metrics import StepMetrics, peak_flops_per_second
 from pipeline.runtime import training_dtype
@@ -43,15 +43,17 @@ class Meter:
     def measure(self, step: int, loss: float, lr: float) -> StepMetrics:
         """The line of `step`: means over the steps since the line before.
 
-        Raises DepthpipeError where the stages of a replica have read different data.
+        Raises DepthpipeError where the stages of a replica have skipped different sequences.
         """
         waits = self._read_waits()
         stage_wait, data_wait = (now - before for now, before in zip(waits, self._waits, strict=True))
-        own = [stage_wait, data_wait, _memory_bytes(self._engine.device), *self._skipped()]
+        skips = skips_since(self._loader, self._engine.grid.get_data_parallel_id())
+        own = [stage_wait, data_wait, _memory_bytes(self._engine.device), *skips]
         row = torch.tensor(own, dtype=torch.float64)
         rows = [torch.empty_like(row, device=self._engine.device) for _ in range(self._ranks)]
         dist.all_gather(rows, row.to(self._engine.device))
-        stage_waits, data_waits, memory, *skipped = torch.stack(rows).cpu().unbind(1)
+        answers = torch.stack(rows).cpu()
+        stage_waits, data_waits, memory = answers[:, :3].unbind(1)
         now, date = time.perf_counter(), time.time()
         seconds, steps = now - self._start, step - self._step
         self._start, self._step, self._waits = now, step, waits
@@ -71,18 +73,8 @@ class Meter:
             bubble_fraction=float(stage_waits.mean()) / seconds,
             memory_bytes=int(memory.max()),
             time=date,
-            skipped_sequences=_agreed_skips(torch.stack(skipped, 1).tolist()),
+            skipped_sequences=agreed_skips(answers[:, 3:].tolist()),
         )
-
-    def _skipped(self) -> list[int]:
-        """Of the sequences that this rank could not read since the line before: its replica, their count, their sum.
-
-        The replica is -1 where the rank reads none.
-        """
-        if self._loader is None:
-            return [-1, 0, 0]
-        new, self._loader.skipped = self._loader.skipped, []
-        return [int(self._engine.grid.get_data_parallel_id()), len(new), sum(new)]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -96,22 +88,6 @@ class Meter:
     def _read_waits(self) -> tuple[float, float]:
         """Seconds so far that this rank has waited for its neighbours, and for data."""
         return self._engine.transport_wait_seconds, self._loader.wait_seconds if self._loader else 0.0
-
-
-def _agreed_skips(rows: list[list[float]]) -> int:
-    """How many sequences were skipped. A replica's first stage reads inputs and its last stage their labels: had they
-    skipped different ones, it would have learnt to answer one text with another.
-
-    Raises DepthpipeError where a replica's stages have skipped different sequences.
-    """
-    found: dict[float, tuple[float, ...]] = {}
-    for rank, (replica, *skips) in enumerate(rows):
-        if replica >= 0 and found.setdefault(replica, tuple(skips)) != tuple(skips):
-            raise DepthpipeError(
-                f"data.on_bad_shard: rank {rank} could not read the same sequences as the first stage, so its copy of "
-                "the data is another one; make them the same and resume from the last checkpoint"
-            )
-    return int(sum(count for count, _ in found.values()))
 
 
 def _memory_bytes(device: torch.device) -> int:

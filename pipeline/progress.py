@@ -67,9 +67,7 @@ class TrainProgress:
         self._pace.append((now, metrics.step))
         if metrics.skipped_sequences:
             if not self._skipped:
-                self.message(
-                    f"step {metrics.step:,}: damaged sequences are skipped; logs/rank-0.log names their shards"
-                )
+                self.message(f"step {metrics.step:,}: damaged sequences are skipped; logs/ names their shards")
             self._skipped += metrics.skipped_sequences
         if metrics.validation_loss is not None:
             self.message(f"step {metrics.step:,}: validation loss {metrics.validation_loss:.4f}")

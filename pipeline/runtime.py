@@ -137,7 +137,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def run_identity(config: Config) -> dict[str, Any]:
     """What of the configuration a resumed run must share with its checkpoint.
 
-    How the run is cut and on how many processes, and its precision, may change: a checkpoint holds neither.
+    A checkpoint says nothing of how the run is cut, on how many processes and in what precision: these may change.
     """
     return {
         **{f"model.{key}": value for key, value in dataclasses.asdict(config.model).items()},
@@ -148,14 +148,9 @@ def run_identity(config: Config) -> dict[str, Any]:
     }
 
 
-def set_optimizer(engine: DepthPipelineEngine, config: Config, lr: float) -> None:
-    """Give the optimizer its learning rate, and the settings that a loaded checkpoint has replaced by its own."""
+def set_learning_rate(engine: DepthPipelineEngine, lr: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-        group["betas"] = tuple(config.optimizer.betas)
-        group["weight_decay"] = config.optimizer.weight_decay if group["decays"] else 0.0
-    if hasattr(engine.optimizer, "clip_grad"):
-        engine.optimizer.clip_grad = engine.gradient_clipping()
 
 
 def join_process_group(config: Config) -> None:
@@ -219,8 +214,8 @@ def _optimizer(config: Config, module: torch.nn.Module) -> torch.optim.Optimizer
     settings = config.optimizer
     return torch.optim.AdamW(
         [
-            {"params": decayed, "weight_decay": settings.weight_decay, "decays": True},
-            {"params": plain, "weight_decay": 0.0, "decays": False},
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
         ],
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),

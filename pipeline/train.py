@@ -18,13 +18,14 @@ from data_prep.errors import EXIT_WRONG_INPUT, DepthpipeError
 from data_prep.manifest import TOKENIZER_FILE, write_atomically
 from data_prep.remote import load_manifest
 from data_prep.stream import BatchLoader, DatasetSource, SequenceStream
-from pipeline.checkpoints import agree_on_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.agreement import agreed_skips, check_same_data, gather, skips_since
+from pipeline.checkpoints import agree_on_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import Config, OptimizerSection, WeightedDataset
 from pipeline.launch import WORKER_PARENT, end_with_parent
 from pipeline.meter import Meter
 from pipeline.metrics import MetricsWriter, StepMetrics
 from pipeline.progress import SteadyFile, TrainProgress
-from pipeline.runtime import check_processes, run_identity, set_optimizer, start_engine
+from pipeline.runtime import check_processes, run_identity, set_learning_rate, start_engine
 
 if TYPE_CHECKING:
     from pipeline.engine import DepthPipelineEngine
@@ -63,8 +64,7 @@ def train(config: Config, console: TextIO) -> None:
     run_dir = Path(config.run.dir)
     identity = run_identity(config)
     engine = start_engine(config)
-    checkpoint = latest_checkpoint(run_dir)
-    agree_on_checkpoint(checkpoint, run_dir)
+    checkpoint = agree_on_checkpoint(run_dir)
     start_step = 0
     if checkpoint is not None:
         load_checkpoint(engine, checkpoint, identity)
@@ -77,12 +77,12 @@ def train(config: Config, console: TextIO) -> None:
         for step in range(start_step + 1, config.train.steps + 1):
             last = step == config.train.steps
             lr = learning_rate(config.optimizer, step, config.train.steps)
-            set_optimizer(engine, config, lr)
+            set_learning_rate(engine, lr)
             loss = float(engine.train_batch(loader))
             _check_finite(config, engine, step, loss)
             validates = config.data.validation is not None and (last or _due(step, config.train.validation_every))
             saves = last or _due(step, config.checkpoint.every)
-            # Measuring compares what the stages have read, so nothing is saved or validated without it.
+            # Measuring compares what the stages could not read, so nothing is saved or validated without it.
             logs = saves or validates or _due(step, config.monitor.every)
             line = meter.measure(step, loss, lr) if logs else None
             with meter.paused():
@@ -114,6 +114,7 @@ def validate(config: Config, engine: DepthPipelineEngine) -> float:
     with ExitStack() as stack:
         loader = _loader(config, engine, dataset, None, stack)
         losses = [float(engine.eval_batch(loader)) for _ in range(batches)]
+        agreed_skips(gather(skips_since(loader, engine.grid.get_data_parallel_id())))
     return sum(losses) / len(losses)
 
 
@@ -152,11 +153,15 @@ def _loader(
     position: dict[str, Any] | None,
     stack: ExitStack,
 ) -> BatchLoader | None:
-    """This rank's batches: inputs on the first stage, labels on the last, nothing between them."""
+    """This rank's batches: inputs on the first stage, labels on the last, nothing between them.
+
+    Every rank calls this. Raises DepthpipeError where they do not read the same data.
+    """
     first, last = engine.is_first_stage(), engine.is_last_stage()
-    if not (first or last):
+    stream = _stream(config, datasets) if first or last else None
+    check_same_data(stream)
+    if stream is None:
         return None
-    stream = _stream(config, datasets)
     loader = BatchLoader(
         stream,
         global_batch_size=config.train.global_batch_size,

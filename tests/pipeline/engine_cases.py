@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers import build_layer, forward_layers
 from model.loss import cross_entropy
-from pipeline.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from pipeline.agreement import check_same_data
+from pipeline.checkpoints import agree_on_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from pipeline.config import Config, DataSection, OptimizerSection, ParallelSection, RunSection, TrainSection
 from pipeline.meter import Meter
-from pipeline.runtime import run_identity
+from pipeline.runtime import join_process_group, run_identity
 
 MODEL = ModelConfig(
     vocab_size=96,
@@ -157,6 +158,32 @@ def losses_around_checkpoint(config: Config, run_dir: Path, resume: bool) -> lis
             engine.train_batch(batches)
         save_checkpoint(engine, run_dir, 2, {"samples": 2}, identity, keep=1)
     return [float(engine.train_batch(batches)) for _ in range(2)]
+
+
+def resume_error(config: Config, run_dir: Path) -> str:
+    """What a rank says that resumes from the latest checkpoint."""
+    engine = start(config)
+    checkpoint = latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    try:
+        load_checkpoint(engine, checkpoint, run_identity(config))
+    except DepthpipeError as error:
+        return str(error)
+    return "nothing"
+
+
+def disagreement(config: Config, paths: list[Path], check: Literal["run directory", "dataset"]) -> str:
+    """What a rank says when the ranks compare run directories or datasets, each with its own of `paths`."""
+    join_process_group(config)
+    mine = paths[torch.distributed.get_rank()]
+    try:
+        if check == "run directory":
+            agree_on_checkpoint(mine)
+        else:
+            check_same_data(SequenceStream([DatasetSource(str(mine))], SEQUENCE, seed=7))
+    except DepthpipeError as error:
+        return str(error)
+    return "nothing"
 
 
 def with_fault(config: Config, fault: str) -> str:

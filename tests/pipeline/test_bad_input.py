@@ -128,7 +128,7 @@ def test_checkpoint_of_another_model(
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(
-        json.dumps({"format": FORMAT, "step": 4, "position": {}, "identity": identity})
+        json.dumps({"format": FORMAT, "step": 4, "position": {}, "identity": identity, "files": {}})
     )
     line = one_line(capsys, "train", config)
     assert "model.hidden_size" in line and "48" in line and "--restart" in line

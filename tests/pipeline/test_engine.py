@@ -12,11 +12,13 @@ import torch
 
 from tests.pipeline.engine_cases import (
     MODEL,
+    disagreement,
     gradients_before_step,
     gradients_of_plain_model,
     losses_around_checkpoint,
     losses_of_steps,
     make_config,
+    resume_error,
     skipped_sequences,
     validation_losses,
     with_fault,
@@ -257,7 +259,38 @@ def test_a_run_resumes_on_another_number_of_replicas(
     assert results[1] == pytest.approx(results[0], rel=bound)
 
 
-def test_stages_that_read_different_data_are_found(workers: WorkerPool, dataset: Path, tmp_path: Path) -> None:
+def test_a_flipped_byte_of_a_checkpoint_is_named_on_every_rank(workers: WorkerPool, tmp_path: Path) -> None:
+    config = make_config(pipeline=2)
+    workers.run(2, losses_around_checkpoint, config, tmp_path, False)
+    assert workers.run(2, resume_error, config, tmp_path) == ["nothing"] * 2
+    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
+        path = tmp_path / "checkpoints" / "step-00000002" / name
+        sound = path.read_bytes()
+        path.write_bytes(sound[:-2000] + bytes([sound[-2000] ^ 1]) + sound[-1999:])
+        for message in workers.run(2, resume_error, config, tmp_path):
+            assert message.startswith(f"{path}: is damaged") and "remove" in message
+        path.write_bytes(sound)
+
+
+def test_ranks_with_run_directories_of_their_own_are_named(workers: WorkerPool, tmp_path: Path) -> None:
+    directories = [tmp_path / "first", tmp_path / "first", tmp_path / "second"]
+    for directory in directories:
+        directory.mkdir(exist_ok=True)
+    for message in workers.run(3, disagreement, make_config(pipeline=3), directories, "run directory"):
+        assert message.startswith("run.dir: ") and "is not the same directory on rank 2 as on rank 0" in message
+    assert not list((tmp_path / "first").iterdir())
+    alike = workers.run(3, disagreement, make_config(pipeline=3), [tmp_path] * 3, "run directory")
+    assert alike == ["nothing"] * 3
+
+
+def test_ranks_that_read_other_datasets_are_named(workers: WorkerPool, dataset: Path) -> None:
+    halves = [dataset / "train", dataset / "validation"]
+    for message in workers.run(2, disagreement, make_config(pipeline=2), halves, "dataset"):
+        assert message.startswith("data: rank 1 and rank 0 do not read the same datasets")
+    assert workers.run(2, disagreement, make_config(pipeline=2), [halves[0]] * 2, "dataset") == ["nothing"] * 2
+
+
+def test_stages_that_skip_different_sequences_are_found(workers: WorkerPool, dataset: Path, tmp_path: Path) -> None:
     """Inputs come from the first stage's copy of the data and labels from the last one's."""
     sound, damaged = dataset / "train", shutil.copytree(dataset / "train", tmp_path / "damaged")
     shard = damaged / "shards" / "000000.tar"
@@ -269,4 +302,4 @@ def test_stages_that_read_different_data_are_found(workers: WorkerPool, dataset:
     (alike, _) = workers.run(2, skipped_sequences, config, [damaged, damaged])
     assert len(alike) == 4 and sum(alike) > 0
     for answer in workers.run(2, skipped_sequences, config, [sound, damaged]):
-        assert "rank 1 could not read the same sequences as the first stage" in answer
+        assert "rank 1 and rank 0 could not read different sequences" in answer

@@ -166,15 +166,13 @@ def test_generate_continues_the_prompt_and_repeats_itself(trained: Path) -> None
     assert depthpipe(*arguments)[0] == first
 
 
-@pytest.mark.parametrize(
-    ("file", "size"), [("__0_0.distcp", 5000), ("__1_0.distcp", None), (".metadata", 100)], ids=str
-)
-def test_a_damaged_checkpoint_is_named(trained: Path, tmp_path: Path, file: str, size: int | None) -> None:
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
+def test_a_damaged_checkpoint_is_named(trained: Path, tmp_path: Path, file: str) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
-    damaged = run / "checkpoints" / "step-00000020" / file
-    damaged.unlink() if size is None else os.truncate(damaged, size)
+    path = run / "checkpoints" / "step-00000020" / file
+    os.truncate(path, 1000)
     _, err = depthpipe("generate", run, "--prompt", "x", code=2)
-    assert err.startswith(f"depthpipe: error: {damaged.parent}: cannot be read (") and err.count("\n") == 1
+    assert err.startswith(f"depthpipe: error: {path}: has another size than was written") and err.count("\n") == 1
 
 
 def test_depth_shows_where_every_sublayer_reads(trained: Path) -> None:
@@ -211,7 +209,7 @@ def test_a_damaged_shard_ends_the_run_in_one_line_or_is_skipped(
     out, _ = depthpipe("train", config, *settings)
     lines = read_metrics(config.parent / "run")[0]
     assert sum(line.skipped_sequences for line in lines) > 0 and len(lines) == 4
-    assert out.count("damaged sequences are skipped; logs/rank-0.log names their shards") == 1
+    assert out.count("damaged sequences are skipped; logs/ names their shards") == 1
     assert "| skipped sequences " in out
     assert str(shard) in (config.parent / "run" / "logs" / "rank-0.log").read_text()
 
