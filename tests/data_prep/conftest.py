@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import containers, documents, plan
+from data_prep import parquet as parquet_reader
 from data_prep.encoder import Encoder
 from data_prep.job import tokenize_corpus
 from data_prep.plan import Options
@@ -65,3 +67,14 @@ def dataset(corpus: Path, tokenizer_path: Path, tmp_path_factory: pytest.TempPat
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(request.node.name)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut everything into pieces far smaller than the documents."""
+    monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 300)
+    monkeypatch.setattr(plan, "MIN_SLICE_BYTES", 75)
+    monkeypatch.setattr(containers, "STRIPE_BYTES", 64)
+    monkeypatch.setattr(containers, "READ_BYTES", 50)
+    monkeypatch.setattr(documents, "READ_BYTES", 40)
+    monkeypatch.setattr(parquet_reader, "BATCH_ROWS", 3)
