@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import zlib
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def test_a_damaged_archive_is_named_or_its_sound_start_kept(
 ) -> None:
     monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 20_000)  # several shares
     monkeypatch.setattr(containers, "STRIPE_BYTES", 1000)
-    monkeypatch.setattr(containers, "READ_BYTES", 500)
+    monkeypatch.setattr(containers, "GZIP_READ_BYTES", 500)
+    monkeypatch.setattr(containers, "ZSTD_READ_BYTES", 500)
     texts = [f"{i} " + "".join(rng.choices("abcdefghijklmnop", k=300)) for i in range(400)]
     path = tmp_path / name
     if name.endswith("zst"):
@@ -41,6 +43,29 @@ def test_a_damaged_archive_is_named_or_its_sound_start_kept(
     got, reader = read_all(tmp_path, skip_bad=True)
     assert reader.counters.skipped >= 1
     assert set(texts[:200]) <= set(got)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_damage_in_the_middle_of_a_stream_loses_little_in_front_of_it(
+    name: str, tmp_path: Path, rng: random.Random
+) -> None:
+    texts = [f"{i} " + "".join(rng.choices("abcdefghijklmnop", k=60)) for i in range(20_000)]
+    sound, rest = as_jsonl(texts[:15_000]), as_jsonl(texts[15_000:])
+    if name.endswith("gz"):
+        gzip_stream = zlib.compressobj(wbits=31)
+        start = gzip_stream.compress(sound) + gzip_stream.flush(zlib.Z_FULL_FLUSH)
+        data = bytearray(start + gzip_stream.compress(rest) + gzip_stream.flush())
+    else:
+        frame = zstandard.ZstdCompressor().compressobj()
+        start = frame.compress(sound) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        data = bytearray(start + frame.compress(rest) + frame.flush())
+    data[len(start) : len(start) + 8] = b"\xff" * 8  # of a type of block that neither format has
+    (tmp_path / name).write_bytes(data)
+    got, reader = read_all(tmp_path, skip_bad=True)
+    assert got == texts[: len(got)] and reader.counters.skipped == 1
+    assert f"{name}:{len(got) + 1}: damaged archive" in reader.counters.skipped_examples[0]
+    lost = len(sound) - len(as_jsonl(got))
+    assert 0 <= lost < 150_000, "at most a block of zstd, which is 128 KiB"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
