@@ -38,7 +38,7 @@ class TextColumn:
             self._file = parquet.ParquetFile(
                 path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
             )
-        except (_arrow_error(), OSError) as error:
+        except (_arrow_error(), OSError, UnicodeDecodeError) as error:  # the last for names in a damaged footer
             raise DamagedRows(f"not a readable parquet file ({_first_line(error)})") from None
         if name not in self._file.schema_arrow.names:
             raise DepthpipeError(f"{path}: no column {name!r}: name one with --text-key")

@@ -29,6 +29,20 @@ def test_a_damaged_parquet_file_is_named_or_skipped(tmp_path: Path) -> None:
         read_all(tmp_path, skip_bad=True, text_key="body")
 
 
+def test_a_damaged_name_in_the_footer_is_named_or_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, ["x"] * 20)
+    write_parquet(tmp_path / "b.parquet", ["y"])
+    data = bytearray(path.read_bytes())
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    data[data.index(b"text", footer)] = 0xFF  # no UTF-8
+    path.write_bytes(data)
+    with pytest.raises(DepthpipeError, match=r"a\.parquet: not a readable parquet file \(.*utf-8.*\): mend it"):
+        read_all(tmp_path)
+    got, reader = read_all(tmp_path, skip_bad=True)
+    assert got == ["y"] and reader.counters.skipped == 1
+
+
 @pytest.mark.parametrize("checksum", [False, True])
 def test_a_damaged_row_group_is_counted_once_however_many_slices_share_it(
     checksum: bool, tmp_path: Path, rng: random.Random, small_pieces: None
