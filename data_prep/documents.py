@@ -20,7 +20,7 @@ HEAD_BYTES = 1 << 16
 LINE_BUFFER_BYTES = 1 << 16
 BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it, and joined files have it inside
 MAGIC_NUMBERS = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX", b"PK\x03\x04")  # gzip, zstd, xz, zip: none begins a text
-COMPRESSED_SUFFIXES = [suffix for suffix, kind in SUFFIXES.items() if kind not in ("text", "jsonl")]
+COMPRESSED_SUFFIXES = [suffix for suffix, kind in SUFFIXES.items() if kind in ("jsonl.gz", "jsonl.zst")]
 # Where the encoder may be restarted inside a document: in front of a run of spaces, and after a newline.
 CUT = re.compile(rb"(?<=\n)|(?<=[^ ])(?= )")
 

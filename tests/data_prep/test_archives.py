@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import re
 import zlib
 from pathlib import Path
 
@@ -94,7 +95,10 @@ def test_everything_in_front_of_trailing_garbage_is_kept(name: str, tmp_path: Pa
 def test_compressed_text_is_not_taken_for_text(documents: str, tmp_path: Path, small_pieces: None) -> None:
     (tmp_path / "a.txt").write_bytes(gzip.compress(random.Random(0).randbytes(2000)))
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(as_jsonl(["json"])))
-    with pytest.raises(DepthpipeError, match=r"a\.txt: compressed, which is read only as \.jsonl\.gz"):
+    with pytest.raises(
+        DepthpipeError,
+        match=re.escape("a.txt: compressed, which is read only as .jsonl.gz, .jsonl.zst, .json.gz, .json.zst: mend"),
+    ):
         read_all(tmp_path, documents=documents)
     got, reader = read_all(tmp_path, documents=documents, skip_bad=True)
     assert got == ["json"] and reader.counters.skipped == 1
