@@ -37,7 +37,10 @@ class Slice(NamedTuple):
 
 
 class Fragment(NamedTuple):
-    """Consecutive text of one document. `head` is the document's first bytes, the same for all its fragments."""
+    """Consecutive text of one document, as UTF-8 where bytes are meant.
+
+    `head` is the document's first HEAD_BYTES bytes, the same for all its fragments and whatever format it came in.
+    """
 
     head: bytes
     text: str
@@ -99,7 +102,7 @@ class DocumentReader:
         with open(file.path, "rb") as stream:
             if self._is_compressed(file, stream, start):
                 return
-            head = stream.read(HEAD_BYTES)
+            head = _head(stream.read(HEAD_BYTES + 3).decode("utf-8", "replace"))  # 3: no half character in the head
             start = first_cut(stream, start, file.size)
             stop = first_cut(stream, stop, file.size)
             stream.seek(start)
@@ -213,12 +216,11 @@ class DocumentReader:
             self.counters.empty_documents += 1
             return
         try:
-            head = text[:HEAD_BYTES].encode()
             if not text.isascii():
                 text.encode()
         except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
             text = self._decode(text.encode("utf-8", "surrogatepass"))
-            head = text[:HEAD_BYTES].encode()
+        head = _head(text)
         start = 0
         while self.cuttable and (stop := cut_after(text, start)):
             yield Fragment(head, text[start:stop], ends=False)
@@ -238,6 +240,10 @@ class DocumentReader:
         self.counters.skipped += 1
         if len(self.counters.skipped_examples) < 5:
             self.counters.skipped_examples.append(what)
+
+
+def _head(text: str) -> bytes:
+    return text[:HEAD_BYTES].encode()[:HEAD_BYTES]
 
 
 def first_cut(stream: IO[bytes], position: int, size: int) -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import json
 import random
 import time
 from pathlib import Path
 
+import pyarrow
 import pytest
 import zstandard
+from pyarrow import parquet
 
+from data_prep import documents
 from data_prep.corpus import CorpusFile, Kind, find_files
 from data_prep.documents import DocumentReader, first_cut, last_cut
 from data_prep.errors import DepthpipeError
@@ -76,6 +80,32 @@ def test_undecodable_bytes_and_empty_documents_are_counted(tmp_path: Path) -> No
     assert sorted(got) == sorted(["good \ufffd\ufffd bad \ufffd end \ufffd", "\ufffd\ufffd\ufffdx"])
     assert reader.counters.undecodable_bytes == 4 + 3
     assert reader.counters.empty_documents == 3
+
+
+HEADS = {
+    "long Japanese": "日本語の長い文章です。 " * 9000,
+    "a character across the head's end": "x" * (documents.HEAD_BYTES - 1) + "日本",
+    "not UTF-8": b"bad \xff\xe6\x97".decode("utf-8", "surrogateescape") + " é" * 40_000,
+    "half of a surrogate pair": "\ud800" + "日" * 40_000,
+    "short": "short",
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_copies_of_a_document_in_any_format_have_the_same_first_bytes(name: str, tmp_path: Path) -> None:
+    encode = "surrogatepass" if name == "half of a surrogate pair" else "surrogateescape"
+    data = HEADS[name].encode("utf-8", encode)
+    (tmp_path / "a.txt").write_bytes(data)
+    escaped = json.dumps({"text": HEADS[name]}).encode() if encode == "surrogatepass" else b'{"text": "%s"}' % data
+    (tmp_path / "b.jsonl").write_bytes(escaped)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(escaped))
+    parquet.write_table(pyarrow.table({"text": [data]}), tmp_path / "d.parquet")
+    reader = DocumentReader("text", "file", cuttable=True, skip_bad=False)
+    fragments = [list(reader.read(file, 0, max(file.size, 1))) for file in find_files([str(tmp_path)])]
+    texts = {"".join(fragment.text for fragment in of_file) for of_file in fragments}
+    assert len(fragments) == 4 and len(texts) == 1
+    expected = texts.pop().encode()[: documents.HEAD_BYTES]
+    assert {fragment.head for of_file in fragments for fragment in of_file} == {expected}
 
 
 BAD_LINES = {
