@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from data_prep.errors import DepthpipeError
 from data_prep.parquet import DamagedRows, RowGroup, TextColumn
 from data_prep.shards import CHUNK_TOKENS
 
-PLAN_VERSION = 1
+# Moves whenever the documents that a slice gives change, or the half that a document falls to: the fingerprint sees
+# only how files are cut. Or else new code would go on with a job of old code, and the result would be of neither.
+PLAN_VERSION = 2
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 256 << 20
 UNITS_WANTED = 256
 SLICES_PER_UNIT = 64
@@ -97,26 +100,35 @@ class Plan:
 
     def check_same_as(self, record: dict[str, Any], directory: Path) -> None:
         """Raises a DepthpipeError that names the first difference between this job and the one in `directory`."""
-        remedy = f"restore it, remove {directory}, or choose another --out"
+        if difference := self._difference(record, directory):
+            # Nobody may be told to remove a directory that holds the corpus too.
+            remove = "" if self._reads_from(directory) else f"remove {directory}, "
+            raise DepthpipeError(f"{difference}: restore it, {remove}or choose another --out")
+
+    def _difference(self, record: dict[str, Any], directory: Path) -> str | None:
         if record.get("version") != self.version:
-            raise DepthpipeError(f"{directory}: made by another version of depthpipe: {remedy}")
+            return f"{directory}: made by another version of depthpipe"
         if record["tokenizer"] != self.tokenizer:
-            raise DepthpipeError(f"{directory}: was begun with another tokenizer: {remedy}")
+            return f"{directory}: was begun with another tokenizer"
         for name, value in dataclasses.asdict(self.options).items():
-            if record["options"].get(name) != value:
-                was = record["options"].get(name)
-                raise DepthpipeError(f"{directory}: was begun with {name} {was!r}, now it is {value!r}: {remedy}")
+            if (was := record["options"].get(name)) != value:
+                return f"{directory}: was begun with {name} {was!r}, now it is {value!r}"
         before = {file.path: file for file in (CorpusFile(*fields) for fields in record["files"])}
         now = {file.path: file for file in self.files}
         for path in before.keys() - now.keys():
-            raise DepthpipeError(f"{path}: gone since {directory} was begun: {remedy}")
+            return f"{path}: gone since {directory} was begun"
         for path, file in now.items():
             if path not in before:
-                raise DepthpipeError(f"{path}: new since {directory} was begun: {remedy}")
+                return f"{path}: new since {directory} was begun"
             if (file.size, file.mtime_ns) != (before[path].size, before[path].mtime_ns):
-                raise DepthpipeError(f"{path}: changed since {directory} was begun: {remedy}")
+                return f"{path}: changed since {directory} was begun"
         if record["fingerprint"] != self.fingerprint:
-            raise DepthpipeError(f"{directory}: was begun with other inputs or in another order: {remedy}")
+            return f"{directory}: was begun with other inputs or in another order"
+        return None
+
+    def _reads_from(self, directory: Path) -> bool:
+        root = os.path.join(os.path.realpath(directory), "")
+        return any(os.path.realpath(file.path).startswith(root) for file in self.files)
 
 
 def _work(file: CorpusFile) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import itertools
 import json
 import random
 import time
@@ -17,8 +19,9 @@ from data_prep import documents
 from data_prep.corpus import CorpusFile, Kind, find_files
 from data_prep.documents import DocumentReader, first_cut, last_cut
 from data_prep.errors import DepthpipeError
-from data_prep.plan import Options, Plan
-from tests.data_prep.formats import WRITERS, as_jsonl, read_all, texts_for
+from data_prep.plan import PLAN_VERSION, Options, Plan
+from data_prep.worker import half_of
+from tests.data_prep.formats import WRITERS, as_jsonl, read_all, texts_for, write_parquet
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -135,6 +138,32 @@ def test_a_corrupt_line_is_named_with_its_number_or_skipped(
 def test_a_byte_order_mark_is_no_part_of_json(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + as_jsonl(["a"]) + b"\xef\xbb\xbf" + as_jsonl(["\ufeffb"]))
     assert read_all(tmp_path)[0] == ["a", "\ufeffb"]
+
+
+def test_the_plan_version_moves_with_what_slices_give(tmp_path: Path) -> None:
+    texts = texts_for(random.Random(0), 3000)
+    lines = as_jsonl(texts)
+    odd = b'\xef\xbb\xbf{"text": "mark"}\n{"text": ""}\nbad\n{"text": "\\ud800"}\n{"text": "\xff"}\n{"text": "end"}'
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b" ".join(text.encode() for text in texts) + b"\xff")
+    (tmp_path / "b.jsonl").write_bytes(lines + odd)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(odd + b"\n" + lines * 6))
+    (tmp_path / "d.json.zst").write_bytes(zstandard.compress(odd + b"\n" + lines * 6))
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines[:5000], compresslevel=0)[:3000])
+    write_parquet(tmp_path / "f.parquet", texts, row_group_size=1000)
+    digest = hashlib.sha256()
+    for file in find_files([str(tmp_path)]):
+        stop = len(texts) if file.kind == "parquet" else file.size
+        ends = [0, stop // 7, stop // 2, stop]
+        slices = list(itertools.pairwise(ends)) if file.kind in ("text", "jsonl", "parquet") else [(0, 2), (1, 2)]
+        for cut in slices:
+            reader = DocumentReader("text", "file", cuttable=True, skip_bad=True)
+            for fragment in reader.read(file, *cut):
+                digest.update(fragment.text.encode())
+                if fragment.ends:
+                    digest.update(f"\0{half_of(fragment.head, 0.5)}\0".encode())
+            digest.update(b"end of slice")
+    now = "29b593dedaf455d09722f72500668e15f588b8d8650cb380a3bf2ee776240091"
+    assert (PLAN_VERSION, digest.hexdigest()) == (2, now), "raise PLAN_VERSION, and put what it gives now here"
 
 
 def test_slices_inside_a_long_line_do_not_read_it(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -193,6 +195,20 @@ def test_an_input_changed_under_a_half_done_job_is_named(tokenizer_path: Path, t
     (source / "3.txt").unlink()
     with pytest.raises(DepthpipeError, match=r"3\.txt: gone since"):
         run(part=(2, 2))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_job_of_another_version_is_left_alone(finished: bool, job, tmp_path: Path) -> None:
+    """The first version read byte order marks and damaged archives otherwise."""
+    out, part = tmp_path / "out", (1, 1) if finished else (1, 2)
+    job(out, part=part)
+    record = out / "job.json" if finished else out / commit.UNFINISHED / "job.json"
+    record.write_text(json.dumps(json.loads(record.read_bytes()) | {"version": 1}))
+    before = contents(out)
+    message = f"{out}: made by another version of depthpipe: restore it, remove {out}, or choose another --out"
+    with pytest.raises(DepthpipeError, match=f"^{re.escape(message)}$"):
+        job(out, part=part)
+    assert contents(out) == before
 
 
 def test_an_input_changed_while_it_is_read_is_named(tokenizer_path: Path, tmp_path: Path) -> None:
