@@ -23,6 +23,10 @@ SUFFIXES: dict[str, Kind] = {
     ".json.zst": "jsonl.zst",
     ".parquet": "parquet",
 }
+# What a job writes to its --out, and the record of a tokenizer trained there; beside them, files in .partial.
+RESULT_NAMES = frozenset(
+    "unfinished job.json manifest.json tokenizer.model tokenizer.model.json shards train validation".split()
+)
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,21 @@ def find_files(
 
     In a directory, `include` patterns select files by name or relative path; without them, the suffixes of `SUFFIXES`
     do. `exclude` patterns drop a file when they match its relative path or any part of it. A file named outright is
-    taken whatever its suffix. What is no regular file (a pipe, a socket) is no text, nor is anything under `out`, where
-    the result goes. Raises DepthpipeError for an input that is missing or holds nothing to read.
+    taken whatever its suffix. What is no regular file (a pipe, a socket) is no text, nor is what a job writes to `out`,
+    however an input reaches it. Raises DepthpipeError for an input that is missing or holds nothing to read, and for
+    one that is `out` itself.
     """
+    paths = [path for given in inputs for path in _matches(given)]
+    real_out = os.path.realpath(out) if out else None
     found: dict[str, CorpusFile] = {}
-    for given in inputs:
-        paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
-        if not paths:
-            raise DepthpipeError(f"{given}: no such file, directory or glob: check the path")
-        for path in paths:
-            root = os.path.realpath(path)
-            for file in _files_under(path, include, exclude, out):
-                found.setdefault(os.path.normpath(os.path.join(root, os.path.relpath(file.path, path))), file)
+    for path in paths:
+        root = os.path.realpath(path)
+        files = list(_files_under(path, root, include, exclude, real_out))
+        # A `*` that stands for the corpus may find the result beside it, but not the corpus in its place.
+        if root == real_out and (files or len(paths) == 1):
+            raise DepthpipeError(f"{path}: is --out too, where the result would mix with it: choose another --out")
+        for file in files:
+            found.setdefault(os.path.normpath(os.path.join(root, os.path.relpath(file.path, path))), file)
     if not any(file.size for file in found.values()):
         expected = f"files that match --include {' '.join(include)}" if include else f"{', '.join(SUFFIXES)} files"
         remedy = "change the pattern" if include else "name others with --include"
@@ -62,7 +69,27 @@ def find_files(
     return list(found.values())
 
 
-def _files_under(path: str, include: Sequence[str], exclude: Sequence[str], out: Path | None) -> Iterator[CorpusFile]:
+def _matches(given: str) -> list[str]:
+    paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
+    if not paths:
+        raise DepthpipeError(f"{given}: no such file, directory or glob: check the path")
+    return paths
+
+
+def _is_result(path: str, out: str | None) -> bool:
+    """Whether a job with its result in `out` writes `path`. Both are real paths."""
+    if not out or not path.startswith(parent := os.path.join(out, "")):
+        return False
+    name = path[len(parent) :].split(os.sep, 1)[0]
+    return name in RESULT_NAMES or name.endswith(".partial")
+
+
+def _files_under(
+    path: str, root: str, include: Sequence[str], exclude: Sequence[str], out: str | None
+) -> Iterator[CorpusFile]:
+    """`root` and `out` are real paths, `root` that of `path`."""
+    if _is_result(root, out):
+        return
     if not os.path.isdir(path):
         if not (file := _corpus_file(path, os.path.basename(path))):
             raise DepthpipeError(f"{path}: not a regular file, so it cannot be read again: save its text to a file")
@@ -70,11 +97,12 @@ def _files_under(path: str, include: Sequence[str], exclude: Sequence[str], out:
         return
     for directory, subdirectories, names in os.walk(path):
         relative = os.path.relpath(directory, path)
+        real_directory = os.path.normpath(os.path.join(root, relative))
         subdirectories[:] = sorted(
             name
             for name in subdirectories
             if not _excluded(os.path.join(relative, name), exclude)
-            and not (out and name == out.name and out.resolve() == Path(directory, name).resolve())
+            and not _is_result(os.path.join(real_directory, name), out)
         )
         for name in sorted(names):
             relative_name = os.path.normpath(os.path.join(relative, name))
@@ -83,7 +111,7 @@ def _files_under(path: str, include: Sequence[str], exclude: Sequence[str], out:
                 if include
                 else name.endswith(tuple(SUFFIXES))
             )
-            if not wanted or _excluded(relative_name, exclude):
+            if not wanted or _excluded(relative_name, exclude) or _is_result(os.path.join(real_directory, name), out):
                 continue
             if file := _corpus_file(os.path.join(directory, name), relative_name):
                 yield file
