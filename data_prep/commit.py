@@ -163,5 +163,5 @@ def _empty_half_message(out: Path, half: str, options: Options, counters: Counte
         return f"{out}: no document holds any text (skipped {counters.skipped}): check the inputs"
     return (
         f"{out}: no document fell to {half} ({counters.documents} documents, --validation-fraction "
-        f"{options.validation_fraction}): change the fraction, remove {out}, and run again"
+        f"{options.validation_fraction}): change the fraction, remove {out / UNFINISHED}, and run again"
     )
