@@ -25,7 +25,16 @@ SUFFIXES: dict[str, Kind] = {
 }
 # What a job writes to its --out, and the record of a tokenizer trained there; beside them, files in .partial.
 RESULT_NAMES = frozenset(
-    "unfinished job.json manifest.json tokenizer.model tokenizer.model.json shards train validation".split()
+    {
+        "unfinished",
+        "job.json",
+        "manifest.json",
+        "tokenizer.model",
+        "tokenizer.model.json",
+        "shards",
+        "train",
+        "validation",
+    }
 )
 
 
