@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import queue
-import shutil
+import re
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,12 @@ from data_prep.errors import DepthpipeError
 from data_prep.manifest import MANIFEST, TOKENIZER_FILE, Manifest, write_atomically
 from data_prep.shards import DamagedShardError, ShardInfo
 
+logger = logging.getLogger(__name__)
+
 DOWNLOADS_AT_ONCE = 4
+CACHE_HELP = "make room there, name another data.cache_dir, or lower data.cache_bytes"
+# webdataset reads http with curl, which says no more than these.
+CURL_EXITS = {6: "host not found", 7: "connection refused", 22: "the server does not give it", 28: "no answer in time"}
 BLOCK_BYTES = 1 << 20
 
 
@@ -36,22 +43,26 @@ class RemoteDataset:
     def __init__(self, url: str, cache_dir: str | Path | None = None, cache_bytes: int | None = None) -> None:
         """Fetch manifest and tokenizer; `cache_bytes` limits the shards kept.
 
-        Raises DepthpipeError when the URL cannot be read.
+        Where the URL cannot be read now, what it last gave is in the cache and does. Raises DepthpipeError when nothing
+        is, or the cache cannot be written.
         """
         self._url = url.rstrip("/")
         self._cache_bytes = cache_bytes
-        root = Path(cache_dir) if cache_dir else Path.home() / ".cache" / "depthpipe"
-        staging = root / hashlib.sha256(self._url.encode()).hexdigest()[:16]
-        staging.mkdir(parents=True, exist_ok=True)
-        for name in (MANIFEST, TOKENIZER_FILE):
-            write_atomically(staging / name, b"".join(self._blocks(name)))
-        fingerprint = Manifest.load(staging).fingerprint
-        # A dataset that is replaced behind its URL gets a directory of its own: no shard of another mixes in.
-        directory = root / fingerprint
-        (directory / "shards").mkdir(parents=True, exist_ok=True)
-        for name in (MANIFEST, TOKENIZER_FILE):
-            write_atomically(directory / name, (staging / name).read_bytes())
-        shutil.rmtree(staging, ignore_errors=True)
+        root = cache_root(cache_dir)
+        # Which dataset the URL held when it was last read, by its fingerprint.
+        last = root / f"{hashlib.sha256(self._url.encode()).hexdigest()[:16]}.url"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            try:
+                directory = self._fetch_manifest(root)
+                write_atomically(last, directory.name.encode())
+            except DepthpipeError as error:
+                if not last.exists():
+                    raise
+                directory = root / last.read_text()
+                logger.warning("%s; going on with what it last held, in %s", error, directory)
+        except OSError as error:
+            raise DepthpipeError(f"{root}: cannot write the cache ({error.strerror}): {CACHE_HELP}") from None
         self.manifest = Manifest.load(directory)
         self._wanted: set[int] = set()
         self._queue: queue.Queue[int] = queue.Queue()
@@ -79,6 +90,18 @@ class RemoteDataset:
             self._threads.append(threading.Thread(target=self._fetch_queued, name="depthpipe-fetch", daemon=True))
             self._threads[-1].start()
 
+    def _fetch_manifest(self, root: Path) -> Path:
+        """The dataset's directory in the cache, with manifest and tokenizer as they are behind the URL now."""
+        with tempfile.TemporaryDirectory(prefix="fetching-", dir=root) as staging:
+            for name in (MANIFEST, TOKENIZER_FILE):
+                (Path(staging) / name).write_bytes(b"".join(self._blocks(name)))
+            # A dataset that is replaced behind its URL gets a directory of its own: no shard of another mixes in.
+            directory = root / Manifest.load(staging).fingerprint
+            (directory / "shards").mkdir(parents=True, exist_ok=True)
+            for name in (MANIFEST, TOKENIZER_FILE):
+                write_atomically(directory / name, (Path(staging) / name).read_bytes())
+        return directory
+
     def _fetch_queued(self) -> None:
         while True:
             shard = self._queue.get()
@@ -103,7 +126,7 @@ class RemoteDataset:
         except DepthpipeError as error:
             raise DamagedShardError(str(error)) from None
         except OSError as error:
-            raise DamagedShardError(f"{target}: cannot write ({error.strerror}): make room in the cache") from None
+            raise DamagedShardError(f"{target}: cannot write the cache ({error.strerror}): {CACHE_HELP}") from None
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -115,9 +138,8 @@ class RemoteDataset:
                 while block := stream.read(BLOCK_BYTES):
                     yield block
         except Exception as error:
-            reason = (str(error).splitlines() or [repr(error)])[0]
             raise DepthpipeError(
-                f"{self._url}/{name}: cannot read ({reason}): check the URL and access to it"
+                f"{self._url}/{name}: cannot read ({_reason(error)}): check the URL and access to it"
             ) from None
 
     def _make_room(self, needed: int) -> None:
@@ -131,6 +153,21 @@ class RemoteDataset:
                 return
             size -= path.stat().st_size
             path.unlink(missing_ok=True)  # whoever has it open reads on
+
+
+def cache_root(cache_dir: str | Path | None) -> Path:
+    """The directory of the cache: `cache_dir`, or where it is None the user's own."""
+    if cache_dir:
+        return Path(cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "depthpipe"
+
+
+def _reason(error: Exception) -> str:
+    """What webdataset says in one line; where the command that it started has failed, what its exit code means."""
+    status = re.search(r": exit (\d+) \(read\)", str(error))
+    if status:
+        return CURL_EXITS.get(int(status[1]), f"exit code {status[1]}")
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def _touch(path: Path, info: ShardInfo) -> bool:

@@ -16,8 +16,9 @@ from data_prep.errors import DepthpipeError
 from data_prep.manifest import Manifest
 from data_prep.mixture import Mixture
 from data_prep.order import WINDOW_TOKENS, DatasetOrder, Int64Array
-from data_prep.remote import RemoteDataset, is_remote
+from data_prep.remote import RemoteDataset, cache_root, is_remote
 from data_prep.shards import DATA_OFFSET, DamagedShardError, ShardReader, member_bytes
+from data_prep.verified import VerifiedShards
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,9 @@ class SequenceStream:
         """Raises DepthpipeError for what is no dataset, datasets of different tokenizers, and weights not above zero.
 
         `window_tokens`: how many tokens are shuffled together. `on_bad_shard`: with `skip`, a sequence that cannot be
-        read is logged and gives its place to the next one of its dataset that can; no other changes its place. A remote
-        dataset's shards are kept in `cache_dir` (default `~/.cache/depthpipe`), in at most `cache_bytes`.
+        read is logged and gives its place to the next one of its dataset that can; no other changes its place.
+        `cache_dir` (default `~/.cache/depthpipe`) keeps shards of remote datasets, in at most `cache_bytes`, and which
+        local ones were read against their checksums, as happens once on each machine.
         """
         self.sequence_length = sequence_length
         self.seed = seed
@@ -158,6 +160,7 @@ class _Dataset:
         self._remote = RemoteDataset(path, cache_dir, cache_bytes) if is_remote(path) else None
         self.manifest = self._remote.manifest if self._remote else Manifest.load(path)
         self.order = DatasetOrder(self.manifest, sequence_length, seed, window_tokens)
+        self._verified = VerifiedShards(cache_root(cache_dir))
         self._window: tuple[int, int] | None = None
         self._bad: dict[int, DamagedShardError] = {}  # shards that could not be opened
         self._shard_starts = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.manifest.shards])])
@@ -234,7 +237,10 @@ class _Dataset:
         try:
             if self._remote:
                 self._remote.fetch(shard)
-            return self.manifest.open_shard(shard)
+            reader = self.manifest.open_shard(shard)
+            if not self._remote:  # a remote one was checked when it came
+                self._verified.check(reader.path, self.manifest.shards[shard])
+            return reader
         except DamagedShardError as error:
             self._bad[shard] = error  # fetching it again for each of its sequences would take for ever
             raise

@@ -139,10 +139,9 @@ def _launch(args: argparse.Namespace) -> int:
             "launch: not inside torchrun; `depthpipe train` runs on this machine, "
             "`depthpipe launch --help` shows how to start torchrun on several"
         )
-    from pipeline.config import load_config
     from pipeline.train import run_worker
 
-    run_worker(load_config(args.config, args.overrides))
+    run_worker(args.config, args.overrides)
     return 0
 
 

@@ -54,7 +54,7 @@ class DataSection:
     sequence_length: int = 512
     document_attention: bool = False  # attention and positions stay inside a document
     on_bad_shard: Literal["error", "skip"] = "error"
-    cache_dir: str | None = None  # where the shards of remote datasets are kept; ~/.cache/depthpipe where absent
+    cache_dir: str | None = None  # of shards of remote datasets; ~/.cache/depthpipe where absent
     cache_bytes: int | None = None  # how much of them stays; all of them where absent
 
     def train_datasets(self) -> list[WeightedDataset]:

@@ -61,7 +61,7 @@ def launch_local(config: Config, arguments: Sequence[str]) -> int:
     try:
         launch_agent(launch_config, sys.executable, ["-u", "-m", "pipeline", "launch", *arguments])
     except (SignalException, KeyboardInterrupt):
-        print(_stopped(config), file=sys.stderr)
+        print(f"\n{_resumable(config)}", file=sys.stderr)
         return 130
     except ChildFailedError as failed:
         return _report_failure(failed.failures, config)
@@ -85,14 +85,15 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def _stopped(config: Config) -> str:
+def _resumable(config: Config) -> str:
+    """Where the same command would go on."""
     try:
         checkpoint = latest_checkpoint(config.run.dir)
     except DepthpipeError:
         checkpoint = None
     if checkpoint is None:
-        return f"\nstopped before the first checkpoint; nothing of {config.run.dir} can be resumed"
-    return f"\nstopped; the last checkpoint is step {checkpoint.step}: the same command resumes there"
+        return f"stopped before the first checkpoint; nothing of {config.run.dir} can be resumed"
+    return f"stopped; the last checkpoint is step {checkpoint.step}: the same command resumes there"
 
 
 def _report_failure(failures: dict[int, ProcessFailure], config: Config) -> int:
@@ -102,9 +103,7 @@ def _report_failure(failures: dict[int, ProcessFailure], config: Config) -> int:
         if failure.exitcode == EXIT_WRONG_INPUT and message:
             print(f"depthpipe: error: {message.partition(': ')[2]}", file=sys.stderr)
             return EXIT_WRONG_INPUT
-    # When one rank is killed, its neighbours fail a moment later on a closed connection: name the killed one.
-    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
-    rank, failure = min((killed or failures).items(), key=lambda item: item[1].timestamp)
+    rank, failure = min(failures.items(), key=lambda item: (_is_consequence(item[1]), item[1].timestamp))
     log = Path(config.run.dir) / "logs" / f"rank-{rank}.log"
     message, traceback = _recorded(failure)
     if traceback:
@@ -113,7 +112,19 @@ def _report_failure(failures: dict[int, ProcessFailure], config: Config) -> int:
     if failure.exitcode < 0:
         reason = f"was killed by {failure.signal_name()}"
     print(f"depthpipe: rank {rank} {reason}; its log is {log}", file=sys.stderr)
+    print(_resumable(config), file=sys.stderr)
     return 1
+
+
+def _is_consequence(failure: ProcessFailure) -> int:
+    """How likely a failure is only the consequence of another one, from 0 up.
+
+    When one rank is killed, its neighbours fail a moment later on a closed connection; when one fails, torch's launcher
+    ends the others with SIGTERM.
+    """
+    if failure.exitcode >= 0:
+        return 1
+    return 2 if failure.exitcode == -signal.SIGTERM else 0
 
 
 def _recorded(failure: ProcessFailure) -> tuple[str, str]:

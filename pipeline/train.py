@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -20,7 +21,7 @@ from data_prep.remote import load_manifest
 from data_prep.stream import BatchLoader, DatasetSource, SequenceStream
 from pipeline.agreement import agreed_skips, check_same_data, gather, skips_since
 from pipeline.checkpoints import agree_on_checkpoint, load_checkpoint, save_checkpoint
-from pipeline.config import Config, OptimizerSection, WeightedDataset
+from pipeline.config import Config, OptimizerSection, WeightedDataset, load_config
 from pipeline.launch import WORKER_PARENT, end_with_parent
 from pipeline.meter import Meter
 from pipeline.metrics import MetricsWriter, StepMetrics
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pipeline.engine import DepthPipelineEngine
 
 
-def run_worker(config: Config) -> None:
+def run_worker(config_path: str, overrides: Sequence[str]) -> None:
     """Train in this process, as the rank that the environment names, and end it with exit code 0, 1 or 2.
 
     What libraries print goes to ``logs/rank-N.log``; rank 0's console shows the progress of the run.
@@ -39,12 +40,13 @@ def run_worker(config: Config) -> None:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     rank = int(os.environ["RANK"])
-    log = Path(config.run.dir) / "logs" / f"rank-{rank}.log"
     errors = get_error_handler()
     errors.initialize()
     end_with_parent()
-    console = sys.stderr
+    console, log = sys.stderr, None
     try:
+        config = load_config(config_path, overrides)
+        log = Path(config.run.dir) / "logs" / f"rank-{rank}.log"
         console = _redirect_output(log)
         check_processes(config, int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         train(config, console)
@@ -53,7 +55,8 @@ def run_worker(config: Config) -> None:
         traceback.print_exc()
         wrong_input = isinstance(error, DepthpipeError)
         if WORKER_PARENT not in os.environ:  # otherwise the parent prints what was recorded
-            line = f"error: {error}" if wrong_input else f"rank {rank} failed: {error!r}; its log is {log}"
+            where = f"; its log is {log}" if log else ""
+            line = f"error: {error}" if wrong_input else f"rank {rank} failed: {error!r}{where}"
             print(f"depthpipe: {line}", file=console, flush=True)
         os._exit(EXIT_WRONG_INPUT if wrong_input else 1)  # a process group that has lost a rank can hang in its exit
     dist.destroy_process_group()
@@ -86,13 +89,13 @@ def train(config: Config, console: TextIO) -> None:
             logs = saves or validates or _due(step, config.monitor.every)
             line = meter.measure(step, loss, lr) if logs else None
             with meter.paused():
+                if validates and line is not None:
+                    line = dataclasses.replace(line, validation_loss=validate(config, engine))
+                if report is not None and line is not None:
+                    report.write(line)  # before the checkpoint: a run that resumes from it goes on behind this line
                 if saves:
                     position = loader.position() if loader else {}
                     save_checkpoint(engine, run_dir, step, position, identity, config.checkpoint.keep)
-                if validates and line is not None:
-                    line = dataclasses.replace(line, validation_loss=validate(config, engine))
-            if report is not None and line is not None:
-                report.write(line)
 
 
 def _check_finite(config: Config, engine: DepthPipelineEngine, step: int, loss: float) -> None:

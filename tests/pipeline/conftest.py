@@ -44,14 +44,16 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokens of the standard library's json, email and asyncio packages: ``train/``, ``validation/``, tokenizer."""
+    """Some of the standard library's packages as tokens, in several shards: ``train/``, ``validation/``, tokenizer."""
     directory = tmp_path_factory.mktemp("dataset")
     packages = [str(Path(sysconfig.get_path("stdlib")) / name) for name in ("json", "email", "asyncio")]
     model = str(directory / "tokenizer.model")
     corpus = [*packages, "--include", "*.py"]
     assert main(["tokenizer", "train", *corpus, "--out", model, "--vocab-size", "512"]) == 0
     out = str(directory / "data")
-    assert main(["tokenize", *corpus, "--tokenizer", model, "--out", out, "--validation-fraction", "0.2"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.plan.MIN_UNIT_BYTES", 150_000)
+        assert main(["tokenize", *corpus, "--tokenizer", model, "--out", out, "--validation-fraction", "0.2"]) == 0
     return directory / "data"
 
 
