@@ -2,31 +2,65 @@
 
 from __future__ import annotations
 
-import gzip
+import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from data_prep.corpus import CorpusFile
 
-# What came out of a piece is lost when damage follows in it, so pieces are as small as they can be at full speed.
-GZIP_READ_BYTES = 1 << 15  # decompressed
-ZSTD_READ_BYTES = 1 << 12  # compressed
+READ_BYTES = 1 << 12  # compressed: little, for it may hold a thousand times as much
 STRIPE_BYTES = 1 << 20
 
 
 class DamagedArchive(Exception):
-    """The compressed stream ends early or does not decompress."""
+    """The compressed stream does not decompress, or not to what its checksum says."""
+
+
+class TruncatedArchive(DamagedArchive):
+    """The compressed stream ends early."""
+
+
+class Damage(NamedTuple):
+    """What is wrong with an archive, and how many bytes from its start on, decompressed, are sound all the same."""
+
+    sound_bytes: int
+    reason: str
+
+
+@functools.cache
+def find_damage(file: CorpusFile) -> Damage | None:
+    """Decompress all of `file`, once in a process. None when it is sound.
+
+    A member of gzip (a frame of zstd) that is corrupt may have given altered text long before that shows, for its
+    checksum comes last: nothing of it is sound, nor what follows, whose place it hides. Of a file that only ends early,
+    everything is. A frame of zstd has a checksum only if it was written with one (`zstd` does, its libraries do not
+    unless told to): without one, altered text that still decompresses cannot be known.
+    """
+    size = sound = 0
+    try:
+        for data, is_checked in _blocks(file):
+            size += len(data)
+            if is_checked:
+                sound = size
+    except TruncatedArchive as error:
+        return Damage(size, str(error))
+    except DamagedArchive as error:
+        return Damage(sound, str(error))
+    return None
 
 
 class CompressedLines:
     """Iterates over one share of a compressed file's lines as (line number from 1, line with its newline).
 
     Share `s` of `n` has the lines that begin in every n-th stripe of a mebibyte. Each share decompresses the whole
-    file, which is many times faster than encoding it, and splits only its own stripes into lines.
+    file, which is many times faster than encoding it, and splits only its own stripes into lines. Of a damaged file
+    it has the lines of the part that is sound, or with `checked=False` all that can be read, and raises DamagedArchive.
     """
 
-    def __init__(self, file: CorpusFile, share: int, shares: int) -> None:
+    def __init__(self, file: CorpusFile, share: int, shares: int, *, checked: bool) -> None:
         self._file = file
+        self._checked = checked
         self._share, self._shares = share, shares
         self._stripe = 0
         self.number = 1  # of the line that is read now
@@ -39,7 +73,7 @@ class CompressedLines:
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         begun: list[bytes] | None = None  # a line of ours that goes on in the next stripe
         at_line_start = True
-        for stripe, data in enumerate(_stripes(_decompressed(self._file))):
+        for stripe, data in enumerate(_stripes(_decompressed(self._file, self._checked))):
             self._stripe = stripe
             start = 0
             if not at_line_start:
@@ -89,34 +123,49 @@ def _stripes(blocks: Iterator[bytes]) -> Iterator[bytes]:
         raise damage
 
 
-def _decompressed(file: CorpusFile) -> Iterator[bytes]:
+def _decompressed(file: CorpusFile, checked: bool) -> Iterator[bytes]:
+    damage = find_damage(file) if checked else None
+    left = damage.sound_bytes if damage else None
+    for data, _ in _blocks(file):
+        yield data[:left]
+        if left is not None:
+            left -= len(data)
+            if left <= 0:
+                break
+    if damage:
+        raise DamagedArchive(damage.reason)
+
+
+def _blocks(file: CorpusFile) -> Iterator[tuple[bytes, bool]]:
+    """Decompressed data, each with whether a member (of gzip, a frame of zstd) ends with it and is sound so far."""
     if file.size == 0:
         raise DamagedArchive("it is empty")
-    try:
-        yield from _gzip_blocks(file.path) if file.kind == "jsonl.gz" else _zstd_blocks(file.path)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DamagedArchive(str(error)) from None
+    is_gzip = file.kind == "jsonl.gz"
+    new_member, member_error = _gzip() if is_gzip else _zstd()
+    member: Any = None
+    with open(file.path, "rb") as stream:
+        while block := stream.read(READ_BYTES):
+            while block:
+                member = member or new_member()
+                try:
+                    data = member.decompress(block)
+                except member_error as error:
+                    raise DamagedArchive(str(error)) from None
+                yield data, member.eof
+                if not member.eof:
+                    break
+                block, member = member.unused_data, None
+                if is_gzip and not block.strip(b"\0"):  # some writers fill the last disk block with zeros
+                    block = b""
+    if member is not None:
+        raise TruncatedArchive("it ends early")
 
 
-def _gzip_blocks(path: str) -> Iterator[bytes]:
-    with gzip.open(path) as stream:
-        while block := stream.read1(GZIP_READ_BYTES):  # `read` would lose what comes before damage
-            yield block
+def _gzip() -> tuple[Callable[[], Any], type[Exception]]:
+    return lambda: zlib.decompressobj(zlib.MAX_WBITS | 16), zlib.error
 
 
-def _zstd_blocks(path: str) -> Iterator[bytes]:
+def _zstd() -> tuple[Callable[[], Any], type[Exception]]:
     import zstandard
 
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = None
-    with open(path, "rb") as stream:
-        while block := stream.read(ZSTD_READ_BYTES):
-            while block:
-                frame = frame or decompressor.decompressobj()
-                try:
-                    yield frame.decompress(block)
-                except zstandard.ZstdError as error:
-                    raise DamagedArchive(str(error)) from None
-                block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise DamagedArchive("it ends before its last frame does")
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj, zstandard.ZstdError

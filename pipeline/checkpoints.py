@@ -122,9 +122,7 @@ def save_checkpoint(
 
     on_rank_0(begin)
     save_training_state(engine, partial)
-    own = [METADATA_FILE] * (dist.get_rank() == 0) + [path.name for path in partial.glob(f"__{dist.get_rank()}_*")]
-    sums = {file: ((partial / file).stat().st_size, _crc32(partial / file)) for file in own}
-    files = {file: found for of_rank in gather(sums) for file, found in of_rank.items()}
+    files = {name: sums for of_rank in gather(_own_files(partial)) for name, sums in of_rank.items()}
     on_rank_0(finish)
 
 
@@ -152,6 +150,14 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
                 f"{key}: {value} does not fit {checkpoint.path}, which was written with "
                 f"{checkpoint.identity.get(key)}; set it back, or start over with `depthpipe train --restart`"
             )
+
+
+def _own_files(directory: Path) -> dict[str, tuple[int, int]]:
+    """Size and checksum of the files that this rank has just written, and that memory still holds."""
+    own = list(directory.glob(f"__{dist.get_rank()}_*"))
+    if dist.get_rank() == 0:
+        own.append(directory / METADATA_FILE)
+    return {path.name: (path.stat().st_size, _crc32(path)) for path in own}
 
 
 def _crc32(path: Path) -> int:
