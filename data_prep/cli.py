@@ -246,7 +246,7 @@ def _print_report(report: Report, out: str) -> None:
         if count:
             _print(f"  {count:,} {what}")
     for example in counters.skipped_examples:
-        _print(f"    {example}")
+        _print(f"    {example.what}")
 
 
 def _run_verify(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from data_prep.corpus import CorpusFile
 
 READ_BYTES = 1 << 12  # compressed: little, for it may hold a thousand times as much
 STRIPE_BYTES = 1 << 20
+PADDING = b"\0"  # with which some writers of gzip fill the last disk block
 
 
 class DamagedArchive(Exception):
@@ -143,20 +144,24 @@ def _blocks(file: CorpusFile) -> Iterator[tuple[bytes, bool]]:
     is_gzip = file.kind == "jsonl.gz"
     new_member, member_error = _gzip() if is_gzip else _zstd()
     member: Any = None
+    ends_a_member = False
     with open(file.path, "rb") as stream:
         while block := stream.read(READ_BYTES):
+            if is_gzip and ends_a_member:
+                block = block.lstrip(PADDING)
             while block:
                 member = member or new_member()
                 try:
                     data = member.decompress(block)
                 except member_error as error:
                     raise DamagedArchive(str(error)) from None
-                yield data, member.eof
-                if not member.eof:
+                ends_a_member = member.eof
+                yield data, ends_a_member
+                if not ends_a_member:
                     break
                 block, member = member.unused_data, None
-                if is_gzip and not block.strip(b"\0"):  # some writers fill the last disk block with zeros
-                    block = b""
+                if is_gzip:
+                    block = block.lstrip(PADDING)
     if member is not None:
         raise TruncatedArchive("it ends early")
 

@@ -7,10 +7,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from functools import partial
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from data_prep.containers import CompressedLines, DamagedArchive
+from data_prep.containers import CompressedLines, DamagedArchive, find_damage
 from data_prep.corpus import SUFFIXES, CorpusFile
 from data_prep.errors import DepthpipeError
 from data_prep.parquet import DamagedRows, RowGroup, TextColumn, values
@@ -18,6 +17,7 @@ from data_prep.parquet import DamagedRows, RowGroup, TextColumn, values
 READ_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16
 LINE_BUFFER_BYTES = 1 << 16
+EXAMPLES = 5  # shown of what was skipped
 BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it, and joined files have it inside
 MAGIC_NUMBERS = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX", b"PK\x03\x04")  # gzip, zstd, xz, zip: none begins a text
 COMPRESSED_SUFFIXES = [suffix for suffix, kind in SUFFIXES.items() if kind in ("jsonl.gz", "jsonl.zst")]
@@ -47,9 +47,25 @@ class Fragment(NamedTuple):
     ends: bool
 
 
+class Skipped(NamedTuple):
+    """Something that could not be read. They sort as they are shown: damaged archives first, then by file and place.
+
+    `place` is a byte of plain files, a line of compressed ones, a row (or its group, in `group`) of parquet.
+    """
+
+    is_line: bool
+    path: str
+    group: int
+    place: int
+    what: str
+
+
 @dataclass
 class Counters:
-    """What was read, and what could not be: nothing is lost silently."""
+    """What was read, and what could not be: nothing is lost silently.
+
+    `skipped_examples` are the first in order of all that was skipped, whichever worker came to them first.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -57,13 +73,25 @@ class Counters:
     empty_documents: int = 0
     undecodable_bytes: int = 0
     skipped: int = 0
-    skipped_examples: list[str] = field(default_factory=list)
+    skipped_examples: list[Skipped] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Counters:
+        """From what `vars` gave, through JSON and back."""
+        return cls(**record | {"skipped_examples": [Skipped(*example) for example in record["skipped_examples"]]})
+
+    def skip(self, is_line: bool, path: str, group: int, place: int, what: Callable[[], str]) -> None:
+        """Count something that could not be read; `what` is called if it is an example to show."""
+        self.skipped += 1
+        key = (is_line, path, group, place)
+        if len(self.skipped_examples) < EXAMPLES or key < self.skipped_examples[-1][:-1]:
+            self.skipped_examples = sorted([*self.skipped_examples, Skipped(*key, what())])[:EXAMPLES]
 
     def add(self, other: Counters) -> None:
         """Add `other`'s counts to these."""
         for name in (f.name for f in fields(self) if f.type == "int"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.skipped_examples = (self.skipped_examples + other.skipped_examples)[:5]
+        self.skipped_examples = sorted(self.skipped_examples + other.skipped_examples)[:EXAMPLES]
 
 
 @dataclass
@@ -136,7 +164,7 @@ class DocumentReader:
                 line = stream.readline()
                 if not line:
                     break
-                yield from parse(line, file, partial(_line_number, file.path, position))
+                yield from parse(line, file, position)
                 position += len(line)
 
     def _is_compressed(self, file: CorpusFile, stream: IO[bytes], start: int) -> bool:
@@ -144,23 +172,32 @@ class DocumentReader:
         if not os.pread(stream.fileno(), 4, 0).startswith(MAGIC_NUMBERS):
             return False
         if start == 0:
-            self._bad(f"{file.path}: compressed, which is read only as {', '.join(COMPRESSED_SUFFIXES)}")
+            suffixes = ", ".join(COMPRESSED_SUFFIXES)
+            self._bad(file, lambda: f"{file.path}: compressed, which is read only as {suffixes}", is_line=False)
         return True
 
     def _compressed_lines(self, file: CorpusFile, share: int, shares: int) -> Iterator[Fragment]:
-        lines = CompressedLines(file, share, shares)
+        lines = CompressedLines(file, share, shares, checked=self.skip_bad)
         try:
             for number, line in lines:
-                yield from self._parse_json(line, file, partial(int, number))
+                yield from self._parse_json(line, file, number)
         except DamagedArchive as error:
-            if lines.is_ours:  # or else every share would report it
-                self._bad(f"{file.path}:{lines.number}: damaged archive ({error})")
+            # To skip it, one share reports it. Without that no share may end as if its lines were sound.
+            if lines.is_ours or not self.skip_bad:
+                reason = f"{file.path}:{lines.number}: damaged archive ({error})"
+                remark = ", nothing taken from there on" if self.skip_bad else ""
+                self._bad(file, lambda: reason + remark, place=lines.number, is_line=False)
+        except DepthpipeError:
+            if damage := find_damage(file):  # of which a line that is no JSON is only a sign
+                self._bad(file, lambda: f"{file.path}:{lines.number}: damaged archive ({damage.reason})")
+            raise
 
     def _rows(self, file: CorpusFile, start: int, stop: int) -> Iterator[Fragment]:
         try:
             column = TextColumn(file.path, self.text_key)
         except DamagedRows as error:
-            self._bad(f"{file.path}: {error}")
+            reason = f"{file.path}: {error}"
+            self._bad(file, lambda: reason, is_line=False)
             return
         first = 0
         for index, group in enumerate(column.row_groups()):
@@ -176,32 +213,33 @@ class DocumentReader:
             for batch in column.batches(index, group):
                 skipped = max(start - row, 0)
                 for position, value in enumerate(values(batch[skipped : max(stop - row, 0)]), row + skipped):
-                    yield from self._value(value, f"{file.path}: row {position} of row group {index}")
+                    yield from self._value(value, file, position, index)
                 row += len(batch)
                 if row >= stop:
                     return
         except DamagedRows as error:
             if row >= start:  # or else the slices behind it would report it too
-                self._bad(f"{file.path}: row group {index}: damaged ({error})")
+                reason = f"{file.path}: row group {index}: damaged ({error})"
+                self._bad(file, lambda: reason, group=index, place=row, is_line=False)
 
-    def _parse_json(self, line: bytes, file: CorpusFile, number: Callable[[], int]) -> Iterator[Fragment]:
+    def _parse_json(self, line: bytes, file: CorpusFile, place: int) -> Iterator[Fragment]:
         if not line.strip():
             return
         try:
             value = json.loads(self._decode(line).removeprefix(BYTE_ORDER_MARK))
             text = value[self.text_key]
         except (ValueError, RecursionError):
-            self._bad(f"{file.path}:{number()}: not valid JSON")
+            self._bad(file, lambda: f"{_where(file, place)}: not valid JSON", place=place)
         except (KeyError, TypeError, IndexError):
-            self._bad(f"{file.path}:{number()}: no key {self.text_key!r} (another name goes with --text-key)")
+            message = f"no key {self.text_key!r} (another name goes with --text-key)"
+            self._bad(file, lambda: f"{_where(file, place)}: {message}", place=place)
         else:
-            where = "" if isinstance(text, str) else f"{file.path}:{number()}"  # counting lines takes time
-            yield from self._value(text, where)
+            yield from self._value(text, file, place)
 
-    def _parse_line(self, line: bytes, file: CorpusFile, number: Callable[[], int]) -> Iterator[Fragment]:
+    def _parse_line(self, line: bytes, file: CorpusFile, place: int) -> Iterator[Fragment]:
         yield from self._whole(self._decode(line.removesuffix(b"\n")))
 
-    def _value(self, value: object, where: str) -> Iterator[Fragment]:
+    def _value(self, value: object, file: CorpusFile, place: int, group: int = 0) -> Iterator[Fragment]:
         if isinstance(value, bytes):
             value = self._decode(value)
         if value is None:
@@ -209,7 +247,8 @@ class DocumentReader:
         elif isinstance(value, str):
             yield from self._whole(value)
         else:
-            self._bad(f"{where}: {self.text_key!r} is not text")
+            message = f"{self.text_key!r} is not text"
+            self._bad(file, lambda: f"{_where(file, place, group)}: {message}", place=place, group=group)
 
     def _whole(self, text: str) -> Iterator[Fragment]:
         if not text:
@@ -234,12 +273,25 @@ class DocumentReader:
             self.counters.undecodable_bytes += len(data) - len(data.decode("utf-8", "ignore").encode())
             return data.decode("utf-8", "replace")
 
-    def _bad(self, what: str) -> None:
+    def _bad(
+        self,
+        file: CorpusFile,
+        what: Callable[[], str],
+        *,
+        place: int = 0,
+        group: int = 0,
+        is_line: bool = True,
+    ) -> None:
         if not self.skip_bad:
-            raise DepthpipeError(f"{what}: mend it, or go on without it with --skip-bad")
-        self.counters.skipped += 1
-        if len(self.counters.skipped_examples) < 5:
-            self.counters.skipped_examples.append(what)
+            raise DepthpipeError(f"{what()}: mend it, or go on without it with --skip-bad") from None
+        self.counters.skip(is_line, file.path, group, place, what)
+
+
+def _where(file: CorpusFile, place: int, group: int = 0) -> str:
+    if file.kind == "parquet":
+        return f"{file.path}: row {place} of row group {group}"
+    number = _line_number(file.path, place) if file.kind in ("text", "jsonl") else place
+    return f"{file.path}:{number}"
 
 
 def _head(text: str) -> bytes:

@@ -74,7 +74,7 @@ def tokenize_corpus(
     if (out / JOB_FILE).exists():
         record = read_json(out / JOB_FILE)
         plan.check_same_as(record, out)
-        return Report(open_finished(out, record), Counters(**record["counters"]), 0.0, reused=True)
+        return Report(open_finished(out, record), Counters.from_json(record["counters"]), 0.0, reused=True)
     with _locked(out / UNFINISHED, part), write_errors(out):
         begin(out, plan, tokenizer)
         own = range(part[0] - 1, len(plan.units), part[1])
@@ -96,7 +96,7 @@ def merge_parts(out: str | Path, others: Sequence[str | Path] = ()) -> Report:
     out = Path(out)
     if (out / JOB_FILE).exists():
         record = read_json(out / JOB_FILE)
-        return Report(open_finished(out, record), Counters(**record["counters"]), 0.0, reused=True)
+        return Report(open_finished(out, record), Counters.from_json(record["counters"]), 0.0, reused=True)
     with _locked(out / UNFINISHED, (0, 0)), write_errors(out):
         collect_parts(out, [Path(other) for other in others])
         datasets, counters = commit(out)

@@ -24,7 +24,7 @@ from data_prep.shards import CHUNK_TOKENS
 
 # Moves whenever the documents that a slice gives change, or the half that a document falls to: the fingerprint sees
 # only how files are cut. Or else new code would go on with a job of old code, and the result would be of neither.
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 256 << 20
 UNITS_WANTED = 256
 SLICES_PER_UNIT = 64

@@ -43,7 +43,7 @@ class UnitResult:
     def from_json(cls, record: dict[str, Any]) -> UnitResult:
         return cls(
             {half: ShardInfo(**shard) for half, shard in record["shards"].items()},
-            {half: Counters(**counters) for half, counters in record["counters"].items()},
+            {half: Counters.from_json(counters) for half, counters in record["counters"].items()},
         )
 
 

@@ -75,7 +75,6 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 300)
     monkeypatch.setattr(plan, "MIN_SLICE_BYTES", 75)
     monkeypatch.setattr(containers, "STRIPE_BYTES", 64)
-    monkeypatch.setattr(containers, "GZIP_READ_BYTES", 50)
-    monkeypatch.setattr(containers, "ZSTD_READ_BYTES", 50)
+    monkeypatch.setattr(containers, "READ_BYTES", 50)
     monkeypatch.setattr(documents, "READ_BYTES", 40)
     monkeypatch.setattr(parquet_reader, "BATCH_ROWS", 3)

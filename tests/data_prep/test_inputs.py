@@ -132,7 +132,7 @@ def test_a_corrupt_line_is_named_with_its_number_or_skipped(
     got, reader = read_all(tmp_path, skip_bad=True)
     assert sorted(got) == sorted(f"document {i}" for i in range(40))
     assert reader.counters.skipped == 1
-    assert f"{name}:18: {message}" in reader.counters.skipped_examples[0]
+    assert f"{name}:18: {message}" in reader.counters.skipped_examples[0].what
 
 
 def test_a_byte_order_mark_is_no_part_of_json(tmp_path: Path) -> None:
@@ -150,6 +150,7 @@ def test_the_plan_version_moves_with_what_slices_give(tmp_path: Path) -> None:
     (tmp_path / "d.json.zst").write_bytes(zstandard.compress(odd + b"\n" + lines * 6))
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines[:5000], compresslevel=0)[:3000])
     write_parquet(tmp_path / "f.parquet", texts, row_group_size=1000)
+    (tmp_path / "g.jsonl.gz").write_bytes(gzip.compress(lines) + gzip.compress(lines)[:-8] + bytes(8))
     digest = hashlib.sha256()
     for file in find_files([str(tmp_path)]):
         stop = len(texts) if file.kind == "parquet" else file.size
@@ -162,8 +163,8 @@ def test_the_plan_version_moves_with_what_slices_give(tmp_path: Path) -> None:
                 if fragment.ends:
                     digest.update(f"\0{half_of(fragment.head, 0.5)}\0".encode())
             digest.update(b"end of slice")
-    now = "29b593dedaf455d09722f72500668e15f588b8d8650cb380a3bf2ee776240091"
-    assert (PLAN_VERSION, digest.hexdigest()) == (2, now), "raise PLAN_VERSION, and put what it gives now here"
+    now = "e66b7bbfb98c43a6cc0df5ccfbe63df99f3ef10111b392f8216dc7b9542ebe80"
+    assert (PLAN_VERSION, digest.hexdigest()) == (3, now), "raise PLAN_VERSION, and put what it gives now here"
 
 
 def test_slices_inside_a_long_line_do_not_read_it(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_damaged_row_group_is_counted_once_however_many_slices_share_it(
     got, reader = read_all(tmp_path, skip_bad=True)
     read = len(got)
     assert 250 < read < 350 and sorted(got) == sorted(texts[:read]), "the rows before the damage are kept"
-    assert reader.counters.skipped == 1 and "row group 1: damaged" in reader.counters.skipped_examples[0]
+    assert reader.counters.skipped == 1 and "row group 1: damaged" in reader.counters.skipped_examples[0].what
 
 
 def test_a_large_row_group_is_work_for_all_cores_and_small_ones_share_a_slice(
@@ -95,7 +95,7 @@ def test_a_row_that_is_not_text_is_named_with_its_row_group(tmp_path: Path, smal
         read_all(tmp_path)
     _, reader = read_all(tmp_path, skip_bad=True)
     assert reader.counters.skipped == 40
-    assert len({re.sub(".*: row", "", example) for example in reader.counters.skipped_examples}) == 5
+    assert len({re.sub(".*: row", "", example.what) for example in reader.counters.skipped_examples}) == 5
 
 
 TEXT_TYPES = {
