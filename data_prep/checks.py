@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.encoder import token_dtype
 from data_prep.errors import DepthpipeError
-from data_prep.manifest import Manifest
+from data_prep.manifest import MANIFEST, Manifest
 from data_prep.shards import ShardInfo
+from data_prep.tokenizer import Tokenizer
 
 READ_BYTES = 1 << 20
 SAMPLE_TOKENS = 120
@@ -28,7 +30,7 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] = lambda 
     manifest = Manifest.load(directory)
     problems: list[str] = []
     try:
-        manifest.load_tokenizer()
+        problems += _verify_facts(manifest, manifest.load_tokenizer())
     except DepthpipeError as error:
         problems.append(str(error))
     total = sum(shard.bytes for shard in manifest.shards)
@@ -46,6 +48,23 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] = lambda 
     return problems
 
 
+def _verify_facts(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
+    """What the manifest says of its tokenizer, and of sums over its shards, that is not so."""
+    facts = {
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "end_of_document_id": tokenizer.end_of_document_id,
+        "tokens": sum(shard.tokens for shard in manifest.shards),
+        "documents": sum(shard.documents for shard in manifest.shards),
+    }
+    path = manifest.directory / MANIFEST
+    return [
+        f"{path}: {name} is {said!r}, but should be {fact!r}"
+        for name, fact in facts.items()
+        if (said := getattr(manifest, name)) != fact
+    ]
+
+
 def _verify_shard(manifest: Manifest, index: int, shard: ShardInfo) -> str | None:
     path = manifest.directory / shard.file
     try:
@@ -61,7 +80,7 @@ def _verify_shard(manifest: Manifest, index: int, shard: ShardInfo) -> str | Non
     try:
         reader = manifest.open_shard(index)
     except DepthpipeError as error:
-        return str(error)
+        return str(error).removeprefix(f"{path}: ").rpartition(": ")[0]
     documents = sum(int(np.count_nonzero(chunk == manifest.end_of_document_id)) for chunk in reader.chunks())
     if documents != shard.documents:
         return f"{documents} documents, the manifest says {shard.documents}"

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_prep.checks import statistics, verify
+from data_prep.commit import what_to_remove
 from data_prep.corpus import SUFFIXES
 from data_prep.errors import DepthpipeError
 from data_prep.job import Report, merge_parts, tokenize_corpus
@@ -226,18 +227,32 @@ def _run_tokenize(args: argparse.Namespace) -> int:
 
 
 def _run_merge(args: argparse.Namespace) -> int:
-    _print_report(merge_parts(args.dir, args.others), args.dir)
+    report = merge_parts(args.dir, args.others)
+    _print(f"{args.dir}: {_totals(report)}, {'merged before' if report.reused else 'merged'}")
+    _print_left_out(report)
     return 0
 
 
+def _totals(report: Report) -> str:
+    return f"{report.counters.documents:,} documents, {report.counters.tokens:,} tokens"
+
+
 def _print_report(report: Report, out: str) -> None:
-    counters = report.counters
-    totals = f"{counters.documents:,} documents, {counters.tokens:,} tokens"
+    totals = _totals(report)
+    speed = f"{report.new_tokens / max(report.seconds, 1e-9):,.0f} tokens/s"
     if report.reused:
         _print(f"{out}: reused, {totals} made from the same text before")
+    elif report.new_tokens == report.counters.tokens:
+        _print(f"{out}: {totals} in {report.seconds:.1f} s ({speed})")
+    elif report.new_tokens:
+        _print(f"{out}: {totals}; {report.new_tokens:,} of them now, in {report.seconds:.1f} s ({speed})")
     else:
-        speed = counters.tokens / max(report.seconds, 1e-9)
-        _print(f"{out}: {totals} in {report.seconds:.1f} s ({speed:,.0f} tokens/s)")
+        _print(f"{out}: {totals}, all of them made before")
+    _print_left_out(report)
+
+
+def _print_left_out(report: Report) -> None:
+    counters = report.counters
     for count, what in (
         (counters.empty_documents, "empty documents left out"),
         (counters.undecodable_bytes, "bytes that are not UTF-8 replaced by U+FFFD"),
@@ -258,7 +273,8 @@ def _run_verify(args: argparse.Namespace) -> int:
         _print(problem)
     if problems:
         found = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found"
-        raise DepthpipeError(f"{args.dir}: {found}: restore the files, or tokenize again")
+        remove = what_to_remove(Path(args.dir))
+        raise DepthpipeError(f"{args.dir}: {found}: restore the files, or {remove} and tokenize again")
     _print(f"{args.dir}: every shard is as it was written")
     return 0
 

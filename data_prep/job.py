@@ -17,10 +17,12 @@ from data_prep.commit import (
     begin,
     collect_parts,
     commit,
+    go_on,
     open_finished,
-    read_json,
+    read_job,
     read_result,
     total,
+    what_to_remove,
 )
 from data_prep.corpus import find_files
 from data_prep.documents import Counters
@@ -35,11 +37,15 @@ from data_prep.worker import WorkerPool, unit_record
 
 @dataclass(frozen=True)
 class Report:
-    """What a job made: `reused` when everything was there already; the totals cover both halves."""
+    """What a job made: `reused` when everything was there already; the totals cover both halves.
+
+    `new_tokens` are those that this run encoded, in `seconds`.
+    """
 
     datasets: tuple[Path, ...]
     counters: Counters
     seconds: float
+    new_tokens: int = 0
     reused: bool = False
     finished: bool = True
 
@@ -72,18 +78,18 @@ def tokenize_corpus(
     files = find_files(inputs, include, exclude, out)
     plan = Plan.make(files, tokenizer.fingerprint, options or Options(), cuttable=Encoder(tokenizer).cuttable)
     if (out / JOB_FILE).exists():
-        record = read_json(out / JOB_FILE)
-        plan.check_same_as(record, out)
+        record = read_job(out / JOB_FILE, what_to_remove(out))
+        go_on(out / JOB_FILE, record, plan, out, lambda: int(record["counters"]["skipped"]))
         return Report(open_finished(out, record), Counters.from_json(record["counters"]), 0.0, reused=True)
     with _locked(out / UNFINISHED, part), write_errors(out):
-        begin(out, plan, tokenizer)
+        begin(out, plan, tokenizer, alone=_is_alone(out / UNFINISHED, part))
         own = range(part[0] - 1, len(plan.units), part[1])
-        _do_units(plan, tokenizer, out / UNFINISHED, own, workers, RayPool if on_ray else WorkerPool, progress)
+        tokens = _do_units(plan, tokenizer, out / UNFINISHED, own, workers, RayPool if on_ray else WorkerPool, progress)
         if part != (1, 1):
             counters = total([read_result(out / UNFINISHED, unit) for unit in own])
-            return Report((), counters, time.monotonic() - started, finished=False)
+            return Report((), counters, time.monotonic() - started, tokens, finished=False)
         datasets, counters = commit(out)
-        return Report(datasets, counters, time.monotonic() - started)
+        return Report(datasets, counters, time.monotonic() - started, tokens)
 
 
 def merge_parts(out: str | Path, others: Sequence[str | Path] = ()) -> Report:
@@ -95,7 +101,7 @@ def merge_parts(out: str | Path, others: Sequence[str | Path] = ()) -> Report:
     started = time.monotonic()
     out = Path(out)
     if (out / JOB_FILE).exists():
-        record = read_json(out / JOB_FILE)
+        record = read_job(out / JOB_FILE, what_to_remove(out))
         return Report(open_finished(out, record), Counters.from_json(record["counters"]), 0.0, reused=True)
     with _locked(out / UNFINISHED, (0, 0)), write_errors(out):
         collect_parts(out, [Path(other) for other in others])
@@ -111,23 +117,27 @@ def _do_units(
     workers: int,
     make_pool: type[WorkerPool] | type[RayPool],
     progress: ProgressCallback,
-) -> None:
+) -> int:
+    """Do the units of `own` that are not finished. Returns the tokens they gave."""
     done = [unit for unit in own if unit_record(unfinished, unit).exists()]
     before = total([read_result(unfinished, unit) for unit in done])
     missing = sorted(set(own) - set(done))
     if not missing:
-        return
+        return 0
     _remove_partial_files(unfinished, set(missing))
-    finished = len(done)
+    finished, new_tokens = len(done), 0
     with make_pool(plan, tokenizer, unfinished, min(workers, len(missing))) as pool:
         # Not before the workers are forked: what shows progress may start a thread.
         progress(before.documents, before.tokens, before.text_bytes, finished / len(own))
         for result in pool.run(missing):
-            finished += result is not None
+            if result:
+                finished += 1
+                new_tokens += total([result]).tokens
             documents, tokens, size = pool.progress()
             progress(
                 before.documents + documents, before.tokens + tokens, before.text_bytes + size, finished / len(own)
             )
+    return new_tokens
 
 
 def _remove_partial_files(unfinished: Path, units: set[int]) -> None:
@@ -136,6 +146,18 @@ def _remove_partial_files(unfinished: Path, units: set[int]) -> None:
         unit = re.match(r"[a-z]+_(\d{6})\.", path.name)
         if unit and int(unit[1]) in units:
             path.unlink(missing_ok=True)
+
+
+def _is_alone(unfinished: Path, part: tuple[int, int]) -> bool:
+    """Whether no other part of the job is running. Our own lock would be lost by looking at it."""
+    for path in unfinished.glob("lock-*"):
+        if path.name != f"lock-{part[0]}-of-{part[1]}":
+            with open(path, "w") as lock:
+                try:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    return False
+    return True
 
 
 @contextmanager

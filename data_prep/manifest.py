@@ -18,9 +18,11 @@ from data_prep.errors import DepthpipeError
 from data_prep.shards import ShardInfo, ShardReader
 from data_prep.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SEAL = "sha256"
 MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.model"
+MAKE_ANOTHER = "restore it from a copy, or tokenize to another --out"  # its own directory may hold the corpus too
 
 
 @dataclass(frozen=True)
@@ -58,45 +60,47 @@ class Manifest:
         directory = Path(directory)
         path = directory / MANIFEST
         try:
-            content = json.loads(path.read_bytes())
+            data = path.read_bytes()
+            content = json.loads(data)
         except FileNotFoundError:
             raise DepthpipeError(f"{directory}: not a dataset (no {MANIFEST}){_hint(directory)}") from None
-        except (OSError, ValueError) as error:
-            raise DepthpipeError(f"{path}: cannot read the manifest ({error}): tokenize again") from None
-        return cls._parse(directory, path, content)
-
-    @classmethod
-    def _parse(cls, directory: Path, path: Path, content: Any) -> Manifest:
+        except OSError as error:
+            raise DepthpipeError(f"{path}: cannot read ({error.strerror}): check the directory") from None
+        except ValueError:
+            raise _damaged_manifest(path) from None
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
-            raise DepthpipeError(f"{path}: format version {version}, this depthpipe reads {FORMAT_VERSION}")
+            raise DepthpipeError(
+                f"{path}: format version {version}, this depthpipe reads {FORMAT_VERSION}: {MAKE_ANOTHER}"
+            )
+        if not is_sealed(content, data):
+            raise _damaged_manifest(path)
+        del content[SEAL]
         try:
             shards = tuple(ShardInfo(**shard) for shard in content.pop("shards"))
-            manifest = cls(directory=directory, shards=shards, **content)
-        except (TypeError, KeyError) as error:
-            raise DepthpipeError(f"{path}: damaged manifest ({error}): tokenize again") from None
-        for name in ("tokens", "documents"):
-            total = sum(getattr(shard, name) for shard in shards)
-            if total != getattr(manifest, name):
-                raise DepthpipeError(f"{path}: damaged manifest: {name} is not the sum over its shards: tokenize again")
-        return manifest
+            return cls(directory=directory, shards=shards, **content)
+        except (TypeError, KeyError):
+            raise _damaged_manifest(path) from None
 
     def save(self) -> None:
         """Write the manifest by atomic rename."""
-        write_json(self.directory / MANIFEST, self._content())
-
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises DepthpipeError unless `tokenizer` made these shards."""
-        if tokenizer.fingerprint != self.tokenizer_fingerprint:
-            raise DepthpipeError(
-                f"{tokenizer.path}: not the tokenizer of the shards in {self.directory}: "
-                f"use {self.tokenizer_path} or tokenize again"
-            )
+        write_sealed(self.directory / MANIFEST, self._content())
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer of this dataset, from the copy beside the manifest. Raises DepthpipeError if replaced."""
-        tokenizer = Tokenizer.load(self.tokenizer_path)
-        self.check_tokenizer(tokenizer)
+        """The tokenizer of this dataset, from the copy beside the manifest.
+
+        Raises DepthpipeError if it is missing, or not the one that made the shards.
+        """
+        path = self.tokenizer_path
+        remedy = "restore it: any copy of the tokenizer that made the shards will do"
+        if not path.exists():
+            raise DepthpipeError(f"{path}: missing: {remedy}")
+        try:
+            tokenizer = Tokenizer.load(path)
+        except DepthpipeError:
+            raise DepthpipeError(f"{path}: damaged (no tokenizer): {remedy}") from None
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            raise DepthpipeError(f"{path}: not the tokenizer that made the shards: {remedy}")
         return tokenizer
 
     def open_shard(self, index: int) -> ShardReader:
@@ -123,6 +127,26 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`write_atomically` of `content` as JSON."""
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """`write_json` of `content` with the SHA-256 of itself, under the key SEAL."""
+    write_atomically(path, _sealed(content))
+
+
+def is_sealed(content: Any, data: bytes) -> bool:
+    """Whether `data`, which is `content` as JSON, is byte for byte what `write_sealed` wrote."""
+    return isinstance(content, dict) and data == _sealed(content)
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    content = {key: value for key, value in content.items() if key != SEAL}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return (json.dumps(content | {SEAL: digest}, indent=1) + "\n").encode()
+
+
+def _damaged_manifest(path: Path) -> DepthpipeError:
+    return DepthpipeError(f"{path}: damaged or edited manifest: {MAKE_ANOTHER}")
 
 
 @contextmanager

@@ -12,11 +12,12 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpus import CorpusFile
+from data_prep.corpus import CorpusFile, content_digest
 from data_prep.documents import Slice
 from data_prep.errors import DepthpipeError
 from data_prep.parquet import DamagedRows, RowGroup, TextColumn
@@ -82,53 +83,74 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the job without what differs between machines (paths and times of files)."""
+        """SHA-256 of the job without what differs between machines (paths and times of files).
+
+        Nor does it see `skip_bad`: a unit that was finished without it holds nothing bad, and is the same with it.
+        """
         files = [(file.name, file.kind, file.size) for file in self.files]
-        content = [self.version, files, self.tokenizer, dataclasses.asdict(self.options), self.units]
+        options = dataclasses.asdict(dataclasses.replace(self.options, skip_bad=False))
+        content = [self.version, files, self.tokenizer, options, self.units]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """For the record beside the result; the units follow from the rest."""
+        """For the record beside the result; the units follow from the rest. Reads some of every file."""
+        with ThreadPoolExecutor(8) as pool:  # opening many files takes time on a network
+            digests = pool.map(content_digest, self.files)
+            files = [[*dataclasses.astuple(file), digest] for file, digest in zip(self.files, digests, strict=True)]
         return {
             "version": self.version,
             "fingerprint": self.fingerprint,
             "tokenizer": self.tokenizer,
             "options": dataclasses.asdict(self.options),
             "units": len(self.units),
-            "files": [list(dataclasses.astuple(file)) for file in self.files],
+            "files": files,
         }
 
-    def check_same_as(self, record: dict[str, Any], directory: Path) -> None:
-        """Raises a DepthpipeError that names the first difference between this job and the one in `directory`."""
-        if difference := self._difference(record, directory):
-            # Nobody may be told to remove a directory that holds the corpus too.
-            remove = "" if self._reads_from(directory) else f"remove {directory}, "
-            raise DepthpipeError(f"{difference}: restore it, {remove}or choose another --out")
+    def check_same_as(self, record: dict[str, Any], directory: Path, skipped: int) -> None:
+        """Raises a DepthpipeError that names the first difference between this job and the one in `directory`.
 
-    def _difference(self, record: dict[str, Any], directory: Path) -> str | None:
-        if record.get("version") != self.version:
-            return f"{directory}: made by another version of depthpipe"
+        Another `skip_bad` is none as long as that job has `skipped` nothing.
+        """
+        if difference := self._difference(record, directory, skipped):
+            what, remedy = difference
+            # Nobody may be told to remove a directory that holds the corpus too.
+            remove = "" if self.reads_from(directory) else f"remove {directory}, "
+            raise DepthpipeError(f"{what}: {remedy}, {remove}or choose another --out")
+
+    def _difference(self, record: dict[str, Any], directory: Path, skipped: int) -> tuple[str, str] | None:
+        restore = "restore it"
         if record["tokenizer"] != self.tokenizer:
-            return f"{directory}: was begun with another tokenizer"
+            return f"{directory}: was begun with another tokenizer", restore
         for name, value in dataclasses.asdict(self.options).items():
-            if (was := record["options"].get(name)) != value:
-                return f"{directory}: was begun with {name} {was!r}, now it is {value!r}"
-        before = {file.path: file for file in (CorpusFile(*fields) for fields in record["files"])}
+            if (was := record["options"].get(name)) == value:
+                continue
+            if name != "skip_bad":
+                return f"{directory}: was begun with {name} {was!r}, now it is {value!r}", restore
+            if was and skipped:
+                return f"{directory}: was begun with --skip-bad, and has skipped {skipped:,} lines or rows", "add it"
+        return self._difference_of_inputs(record, directory)
+
+    def _difference_of_inputs(self, record: dict[str, Any], directory: Path) -> tuple[str, str] | None:
+        restore = "restore it"
+        before = {fields[0]: (CorpusFile(*fields[:-1]), fields[-1]) for fields in record["files"]}
         now = {file.path: file for file in self.files}
-        for path in before.keys() - now.keys():
-            return f"{path}: gone since {directory} was begun"
+        for path in sorted(before.keys() - now.keys()):
+            return f"{path}: gone since {directory} was begun", restore
         for path, file in now.items():
             if path not in before:
-                return f"{path}: new since {directory} was begun"
-            if (file.size, file.mtime_ns) != (before[path].size, before[path].mtime_ns):
-                return f"{path}: changed since {directory} was begun"
+                return f"{path}: new since {directory} was begun", "remove it from the inputs"
+            was, digest = before[path]
+            if file.size != was.size or (file.mtime_ns != was.mtime_ns and content_digest(file) != digest):
+                return f"{path}: changed since {directory} was begun", restore
         if record["fingerprint"] != self.fingerprint:
-            return f"{directory}: was begun with other inputs or in another order"
+            return f"{directory}: was begun with other inputs or in another order", restore
         return None
 
-    def _reads_from(self, directory: Path) -> bool:
+    def reads_from(self, directory: Path, *others: Path) -> bool:
+        """Whether an input, or one of `others`, lies in `directory`."""
         root = os.path.join(os.path.realpath(directory), "")
-        return any(os.path.realpath(file.path).startswith(root) for file in self.files)
+        paths = [*(Path(file.path) for file in self.files), *others]
+        return any(os.path.realpath(path).startswith(root) for path in paths)
 
 
 def _work(file: CorpusFile) -> int:

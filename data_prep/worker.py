@@ -17,7 +17,7 @@ from data_prep.corpus import CorpusFile
 from data_prep.documents import Counters, DocumentReader, Fragment
 from data_prep.encoder import Encoder
 from data_prep.errors import DepthpipeError
-from data_prep.manifest import write_errors, write_json
+from data_prep.manifest import write_errors, write_sealed
 from data_prep.plan import Plan
 from data_prep.shards import ShardInfo, ShardWriter
 from data_prep.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ class UnitWorker:
                 for half, info in shards.items():
                     counters[half].documents, counters[half].tokens = info.documents, info.tokens
                 result = UnitResult(shards, counters)
-                write_json(unit_record(self.directory, unit), result.to_json())
+                write_sealed(unit_record(self.directory, unit), result.to_json())
             return result
         finally:
             for writer in writers.values():

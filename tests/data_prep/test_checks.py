@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_prep import cli
-from data_prep.checks import verify
+from data_prep.checks import statistics, verify
 from data_prep.errors import DepthpipeError
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, write_sealed
 
 
 @pytest.fixture
@@ -64,26 +64,52 @@ def test_missing_extra_short_and_exchanged_shards_are_found(copy: Path) -> None:
     assert verify(copy) == [f"{extra}: not in the manifest"]
 
 
-@pytest.mark.parametrize("count", ["tokens", "documents"])
-def test_wrong_counts_in_the_manifest_are_found(count: str, copy: Path) -> None:
+FALSE_FACTS = {"vocab_size": 2049, "dtype": "uint32", "end_of_document_id": 7, "tokens": 5, "documents": 6}
+
+
+@pytest.mark.parametrize("name", FALSE_FACTS)
+def test_a_fact_in_the_manifest_that_is_not_so_is_found(name: str, copy: Path) -> None:
     path = copy / "manifest.json"
     content = json.loads(path.read_text())
-    content[count] += 1
-    path.write_text(json.dumps(content))
-    with pytest.raises(DepthpipeError, match=f"{count} is not the sum over its shards"):
-        verify(copy)
-    content["shards"][0][count] += 1  # consistent in itself, but not with the shard
-    path.write_text(json.dumps(content))
-    assert len(verify(copy)) == 1
+    right = content[name]
+    content[name] = FALSE_FACTS[name]
+    write_sealed(path, content)
+    assert f"{path}: {name} is {FALSE_FACTS[name]!r}, but should be {right!r}" in verify(copy)
+
+
+def test_a_wrong_count_of_one_shard_is_found(copy: Path) -> None:
+    path = copy / "manifest.json"
+    for name in ("tokens", "documents"):
+        content = json.loads(path.read_text())
+        content[name] += 1
+        content["shards"][0][name] += 1  # consistent in itself, but not with the shard
+        write_sealed(path, content)
+        assert len(verify(copy)) == 1
+        content[name] -= 1
+        content["shards"][0][name] -= 1
+        write_sealed(path, content)
+
+
+def test_any_byte_of_the_manifest_that_differs_is_found(copy: Path, rng: random.Random) -> None:
+    path = copy / "manifest.json"
+    sound = path.read_bytes()
+    places = [sound.index(b'"text_bytes": ') + 14, sound.rindex(b"\n"), *rng.sample(range(len(sound)), 300)]
+    for place in places:
+        for byte in {ord("1"), ord("7"), ord(" "), sound[place] ^ 1 << rng.randrange(8)} - {sound[place]}:
+            data = bytearray(sound)
+            data[place] = byte
+            path.write_bytes(data)
+            with pytest.raises(DepthpipeError, match=r"manifest\.json: (damaged or edited manifest|format version)"):
+                verify(copy)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot read the manifest"),
-        ('{"format_version": 99}', "format version 99, this depthpipe reads 1"),
+        ("{", "damaged or edited manifest: restore it from a copy, or tokenize to another --out"),
+        ('{"format_version": 99}', "format version 99, this depthpipe reads 2"),
         ("[]", "format version None"),
-        ('{"format_version": 1, "shards": [{}]}', "damaged manifest"),
+        ('{"format_version": 2, "shards": [{}]}', "damaged or edited manifest"),
     ],
 )
 def test_a_damaged_manifest_is_named(content: str, message: str, copy: Path) -> None:
@@ -92,11 +118,23 @@ def test_a_damaged_manifest_is_named(content: str, message: str, copy: Path) -> 
         Manifest.load(copy)
 
 
-def test_another_tokenizer_beside_the_shards_is_found(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes() + b"\x12\x00"), "not the tokenizer that made the shards"),
+        (lambda path: path.write_bytes(b"x"), r"damaged \(no tokenizer\)"),
+        (lambda path: path.unlink(), "missing"),
+    ],
+    ids=["replaced", "damaged", "missing"],
+)
+def test_a_wrong_tokenizer_beside_the_shards_is_found(damage, message: str, copy: Path) -> None:
     path = copy / "tokenizer.model"
-    path.write_bytes(path.read_bytes() + b"\x12\x00")
+    damage(path)
+    message = f"^{re.escape(str(path))}: {message}: restore it: any copy of the tokenizer that made the shards will do$"
     (problem,) = verify(copy)
-    assert "not the tokenizer of the shards" in problem
+    assert re.search(message, problem)
+    with pytest.raises(DepthpipeError, match=message):
+        statistics(copy)
 
 
 def test_the_commands_make_check_and_show_a_dataset(
@@ -118,8 +156,14 @@ def test_the_commands_make_check_and_show_a_dataset(
     assert "every shard is as it was written" in shown
     assert "4 documents" in shown and "bytes per token" in shown and "--- sample 1" in shown
     (tmp_path / "data" / "shards" / "000000.tar").write_bytes(b"x")
-    with pytest.raises(DepthpipeError, match="1 problem found"):
+    with pytest.raises(
+        DepthpipeError, match=f"1 problem found: restore the files, or remove {out} and tokenize again$"
+    ):
         run("data", "verify", out)
+    with pytest.raises(DepthpipeError, match=rf"000000\.tar: damaged shard \(1 bytes.*\): remove {out} and run again$"):
+        run(*tokenize)
+    shutil.rmtree(out)
+    assert run(*tokenize) == 0
 
 
 def test_a_terminal_shows_documents_tokens_and_speed_while_it_works(
@@ -161,7 +205,6 @@ def test_counts_of_what_was_left_out_are_printed(
     arguments = ("tokenize", str(tmp_path), "--tokenizer", str(tokenizer_path), "--out", str(tmp_path / "out"))
     with pytest.raises(DepthpipeError, match=r"a\.jsonl:3: not valid JSON: mend it, or go on without it"):
         run(*arguments)
-    shutil.rmtree(tmp_path / "out")
     assert run(*arguments, "--skip-bad") == 0
     shown = capsys.readouterr().out
     assert "2 documents" in shown

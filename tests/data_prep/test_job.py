@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,6 +16,7 @@ import pytest
 import webdataset
 
 from data_prep.checks import statistics, verify
+from data_prep.corpus import content_digest, find_files
 from data_prep.errors import DepthpipeError
 from data_prep.job import tokenize_corpus
 from data_prep.manifest import Manifest
@@ -108,12 +111,51 @@ def test_a_finished_job_is_reused_and_a_changed_input_is_named(tokenizer_path: P
     other.write_bytes(tokenizer_path.read_bytes() + b"\x12\x00")
     with pytest.raises(DepthpipeError, match="begun with another tokenizer"):
         run(tokenizer=other)
+    os.utime(text, ns=(1, 1))
+    assert run().reused, "a copy of the same content"
+    (text.parent / "b.txt").write_text("more")
+    with pytest.raises(DepthpipeError, match=r"b\.txt: new since .* was begun: remove it from the inputs, remove"):
+        run()
+    (text.parent / "b.txt").unlink()
+    text.write_text("some wordy\n" * 100)
+    with pytest.raises(DepthpipeError, match=r"a\.txt: changed since"):
+        run()
     text.write_text("some words\n" * 101)
     with pytest.raises(DepthpipeError, match=r"a\.txt: changed since"):
         run()
-    (text.parent / "b.txt").write_text("more")
-    with pytest.raises(DepthpipeError, match=r"(a\.txt: changed|b\.txt: new) since"):
+
+
+@pytest.mark.parametrize("place", [0, 70_000, 4_999_999])
+def test_a_digest_sees_both_ends_and_blocks_between(place: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(bytes(5_000_000))
+    before = content_digest(find_files([str(path)])[0])
+    with open(path, "r+b") as stream:
+        stream.seek(place if place != 70_000 else 65536 + (5_000_000 - 131072) * 7 // 16)
+        stream.write(b"x")
+    assert content_digest(find_files([str(path)])[0]) != before
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_damaged_record_is_never_trusted(inside: bool, tokenizer_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    text = (out if inside else tmp_path) / "a.txt"
+    text.parent.mkdir(exist_ok=True)
+    text.write_text("some words\n" * 100)
+    run = lambda: tokenize_corpus([str(text)], tokenizer_path, out, workers=1)  # noqa: E731
+    run()
+    (out / "shards" / "000000.tar").unlink()
+    own = f"remove job.json, manifest.json, shards in {out} and run again"
+    with pytest.raises(DepthpipeError, match=f"{own if inside else f'remove {out} and run again'}$"):
         run()
+    record = (out / "job.json").read_bytes()
+    (out / "job.json").write_bytes(record.replace(b'"tokens": ', b'"tokens": 1'))
+    with pytest.raises(DepthpipeError, match=rf"job\.json: damaged or edited record: {own}$"):
+        run()
+    for name in ("job.json", "manifest.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "shards")
+    assert not run().reused
 
 
 def test_verify_finds_nothing_wrong_with_what_was_written(dataset: Path) -> None:

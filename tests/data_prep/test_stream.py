@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import string
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from data_prep.manifest import Manifest
 from data_prep.order import DatasetOrder, permutation
 from data_prep.plan import Options
 from data_prep.stream import BatchLoader, DatasetSource, SequenceStream
-from data_prep.tokenizer import Tokenizer
 
 LENGTH = 128
 
@@ -198,12 +196,3 @@ def test_wrong_directories_and_damaged_shards_end_in_one_line(
         for _ in range(100):
             next(loader)
     loader.close()
-
-
-def test_a_tokenizer_that_did_not_make_the_shards_is_named(dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("some other words for another vocabulary " * 40 + string.printable * 3)
-    from data_prep.training import train_tokenizer
-
-    train_tokenizer([str(tmp_path)], tmp_path / "other.model", 370)
-    with pytest.raises(DepthpipeError, match=r"other\.model: not the tokenizer of the shards"):
-        Manifest.load(dataset).check_tokenizer(Tokenizer.load(tmp_path / "other.model"))
