@@ -38,13 +38,14 @@ def add_commands(subparsers: Subparsers) -> None:
 
 
 def _add_tokenizer(subparsers: Subparsers) -> None:
-    tokenizer = _command(subparsers, "tokenizer", "train a tokenizer", None)
+    example = "depthpipe tokenizer train corpus/ --out tokenizer.model --vocab-size 16384"
+    tokenizer = _command(subparsers, "tokenizer", "train a tokenizer", None, example)
     train = _command(
         tokenizer.add_subparsers(required=True, metavar="COMMAND"),
         "train",
         "train a sentencepiece model that gives every text back exactly",
         _run_tokenizer_train,
-        "depthpipe tokenizer train corpus/ --out tokenizer.model --vocab-size 16384",
+        example,
     )
     _add_input_arguments(train)
     train.add_argument("--out", required=True, metavar="FILE.model", help="the model file to write")
@@ -85,7 +86,7 @@ def _add_tokenize(subparsers: Subparsers) -> None:
 
 
 def _add_data(subparsers: Subparsers) -> None:
-    data = _command(subparsers, "data", "check a dataset, or look into it", None)
+    data = _command(subparsers, "data", "check a dataset, or look into it", None, "depthpipe data verify data/train")
     commands = data.add_subparsers(required=True, metavar="COMMAND")
     check = _command(
         commands,
@@ -265,10 +266,16 @@ def _print_left_out(report: Report) -> None:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    with _progress("{task.description}") as bar:
-        task = bar.add_task("reading shards", total=None)
+    started = time.monotonic()
+    with _progress("reading shards", "{task.fields[speed]}") as bar:
+        task = bar.add_task("", total=None, speed="")
         bar.start()
-        problems = verify(args.dir, lambda read, total: bar.update(task, completed=read, total=total))
+
+        def show(read: int, total: int) -> None:
+            speed = f"{read / 1e6 / max(time.monotonic() - started, 1e-9):,.0f} MB/s"
+            bar.update(task, completed=read, total=total, speed=speed)
+
+        problems = verify(args.dir, show)
     for problem in problems:
         _print(problem)
     if problems:

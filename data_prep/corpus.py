@@ -97,7 +97,10 @@ def find_files(
             raise DepthpipeError(f"{path}: is --out too, where the result would mix with it: choose another --out")
         for file in files:
             found.setdefault(os.path.normpath(os.path.join(root, os.path.relpath(file.path, path))), file)
-    if not any(file.size for file in found.values()):
+    if found and not any(file.size for file in found.values()):
+        are = "it is empty" if len(found) == 1 else f"all {len(found)} files there are empty"
+        raise DepthpipeError(f"{' '.join(inputs)}: no text found: {are}: name files with text")
+    if not found:
         expected = f"files that match --include {' '.join(include)}" if include else f"{', '.join(SUFFIXES)} files"
         remedy = "change the pattern" if include else "name others with --include"
         raise DepthpipeError(f"{' '.join(inputs)}: no text found: expected {expected}: {remedy}")

@@ -164,8 +164,18 @@ def write_errors(directory: Path) -> Iterator[None]:
 def _hint(directory: Path) -> str:
     if (directory / "train" / MANIFEST).exists():
         return f": name one of its halves, {directory / 'train'} or {directory / 'validation'}"
-    if (directory / "unfinished").exists():
+    if (unfinished := directory / "unfinished").exists():
+        if _all_units_are_done(unfinished):
+            return f": all its parts are done: run `depthpipe data merge {directory}`"
         return ": its tokenizing is unfinished; run the same `depthpipe tokenize` command again"
     if not directory.exists():
         return ": the directory does not exist; make it with `depthpipe tokenize`"
     return ": make one with `depthpipe tokenize`"
+
+
+def _all_units_are_done(unfinished: Path) -> bool:
+    try:
+        units = json.loads((unfinished / "job.json").read_bytes())["units"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return bool(len(list(unfinished.glob("unit_*.json"))) == units)

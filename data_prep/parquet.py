@@ -33,15 +33,16 @@ class TextColumn:
         try:
             from pyarrow import parquet
         except ImportError:
-            raise DepthpipeError(f"{path}: reading parquet needs pyarrow: pip install 'depthpipe[parquet]'") from None
+            raise DepthpipeError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
         try:
             self._file = parquet.ParquetFile(
                 path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
             )
         except (_arrow_error(), OSError, UnicodeDecodeError) as error:  # the last for names in a damaged footer
             raise DamagedRows(f"not a readable parquet file ({_first_line(error)})") from None
-        if name not in self._file.schema_arrow.names:
-            raise DepthpipeError(f"{path}: no column {name!r}: name one with --text-key")
+        names = self._file.schema_arrow.names
+        if name not in names:
+            raise DepthpipeError(f"{path}: no column {name!r}: name one of {', '.join(names)} with --text-key")
         self._name = name
 
     def row_groups(self) -> list[RowGroup]:

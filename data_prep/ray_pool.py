@@ -28,7 +28,7 @@ class RayPool:
         try:
             import ray
         except ImportError:
-            raise DepthpipeError("--ray: Ray is not installed: pip install 'depthpipe[ray]'") from None
+            raise DepthpipeError("--ray: Ray is not installed: pip install ray") from None
         self._ray = ray
         self._done = (0, 0, 0)
         self._owns_ray = not ray.is_initialized()

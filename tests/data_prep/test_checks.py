@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from data_prep import cli
+from data_prep import cli, plan
 from data_prep.checks import statistics, verify
 from data_prep.errors import DepthpipeError
 from data_prep.manifest import Manifest, write_sealed
@@ -147,7 +147,13 @@ def test_the_commands_make_check_and_show_a_dataset(
     for part in ("1/2", "2/2"):
         assert run(*tokenize, "--part", part) == 0
         assert f"part {part[0]} of 2; after all parts: depthpipe data merge {out}" in capsys.readouterr().out
-    assert run("data", "merge", out) == 0
+    with pytest.raises(DepthpipeError, match=rf"all its parts are done: run `depthpipe data merge {out}`$"):
+        run("data", "verify", out)
+    assert run(*tokenize, "--part", "1/2") == 0
+    assert re.search(r"tokens, all of them made before\n", capsys.readouterr().out)
+    for what in ("merged", "merged before"):
+        assert run("data", "merge", out) == 0
+        assert re.search(rf"^{out}: 4 documents, [\d,]+ tokens, {what}\n", capsys.readouterr().out)
     assert run(*tokenize) == 0
     assert "reused" in capsys.readouterr().out
     assert run("data", "verify", out) == 0
@@ -175,6 +181,40 @@ def test_a_terminal_shows_documents_tokens_and_speed_while_it_works(
     assert run("tokenize", *inputs, "--tokenizer", str(tokenizer_path), "--out", str(tmp_path / "data")) == 0
     shown = screen.getvalue()
     assert re.search(r"━ .*[1-9][\d,]* documents [\d,]+ tokens [\d,]+ tokens/s", shown)
+
+
+def test_the_speed_of_a_resumed_run_counts_its_own_tokens(
+    corpus: Path,
+    tokenizer_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plan, "MIN_UNIT_BYTES", 40_000)
+    inputs = (str(corpus / "email"), "--include", "*.py", "--tokenizer", str(tokenizer_path))
+    arguments = ("tokenize", *inputs, "--out", str(tmp_path / "data"))
+    numbers = []
+    for part in (("--part", "1/2"), ()):
+        assert run(*arguments, *part) == 0
+        numbers.append(
+            [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens|of)", capsys.readouterr().out)]
+        )
+    (before, *_), (total, new, *_) = numbers
+    assert 0 < new == total - before
+
+
+def test_verifying_shows_its_speed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(cli, "console", Console(file=screen, force_terminal=True, width=150, color_system=None))
+    assert run("data", "verify", str(copy)) == 0
+    assert re.search(r"reading shards [\d,]+ MB/s", screen.getvalue())
+
+
+@pytest.mark.parametrize("command", ["data", "tokenizer", "tokenize"])
+def test_the_help_of_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    assert f"example: depthpipe {command} " in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_in_a_word_and_the_same_command_goes_on(

@@ -176,9 +176,10 @@ def test_statistics_agree_with_the_documents(dataset: Path, tokenizer: Tokenizer
     [
         (lambda path: None, "no such file, directory or glob"),
         (lambda path: path.mkdir(), "no text found"),
-        (lambda path: (path.mkdir(), (path / "a.txt").write_text("")), "no text found"),
+        (lambda path: (path.mkdir(), (path / "a.txt").write_text("")), "no text found: it is empty"),
+        (lambda path: path.write_text(""), "no text found: it is empty: name files with text"),
     ],
-    ids=["missing", "empty directory", "empty file"],
+    ids=["missing", "empty directory", "one empty file", "an empty file by name"],
 )
 def test_a_missing_or_empty_corpus_is_named(make, message: str, tokenizer_path: Path, tmp_path: Path) -> None:
     make(tmp_path / "in")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -14,6 +15,7 @@ from pyarrow import parquet
 from data_prep import plan
 from data_prep.corpus import find_files
 from data_prep.errors import DepthpipeError
+from data_prep.parquet import TextColumn
 from data_prep.plan import Options, Plan
 from tests.data_prep.formats import read_all, write_parquet
 
@@ -25,7 +27,7 @@ def test_a_damaged_parquet_file_is_named_or_skipped(tmp_path: Path) -> None:
         read_all(tmp_path)
     got, reader = read_all(tmp_path, skip_bad=True)
     assert got == ["x", "y"] and reader.counters.skipped == 1
-    with pytest.raises(DepthpipeError, match=r"good\.parquet: no column 'body'"):
+    with pytest.raises(DepthpipeError, match=r"good\.parquet: no column 'body': name one of id, text with --text-key"):
         read_all(tmp_path, skip_bad=True, text_key="body")
 
 
@@ -41,6 +43,13 @@ def test_a_damaged_name_in_the_footer_is_named_or_skipped(tmp_path: Path) -> Non
         read_all(tmp_path)
     got, reader = read_all(tmp_path, skip_bad=True)
     assert got == ["y"] and reader.counters.skipped == 1
+
+
+def test_a_missing_library_is_named_as_the_index_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "a.parquet", ["x"])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DepthpipeError, match=r"reading parquet needs pyarrow: pip install pyarrow$"):
+        TextColumn(str(tmp_path / "a.parquet"), "text")
 
 
 @pytest.mark.parametrize("checksum", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import psutil
@@ -39,3 +40,11 @@ def test_ray_makes_the_same_bytes_and_names_what_is_wrong(
     with pytest.raises(DepthpipeError, match=r"bad\.jsonl:1: not valid JSON"):
         tokenize_corpus([str(tmp_path / "bad.jsonl")], tokenizer_path, tmp_path / "out", **arguments)
     assert not ray_processes()
+
+
+def test_without_ray_the_command_that_installs_it_is_named(
+    corpus: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DepthpipeError, match=r"Ray is not installed: pip install ray$"):
+        tokenize_corpus([str(corpus / "json")], tokenizer_path, tmp_path, workers=1, include=["*.py"], on_ray=True)
