@@ -257,7 +257,7 @@ def _print_left_out(report: Report) -> None:
     for count, what in (
         (counters.empty_documents, "empty documents left out"),
         (counters.undecodable_bytes, "bytes that are not UTF-8 replaced by U+FFFD"),
-        (counters.skipped, "lines or rows skipped"),
+        (counters.skipped, "lines, rows or damaged archives skipped"),
     ):
         if count:
             _print(f"  {count:,} {what}")

@@ -121,7 +121,10 @@ def what_to_remove(directory: Path) -> str:
     """How to make room for tokenizing again where the dataset `directory` (or its parent, whose half it is) lies."""
     out = directory.parent if (directory.parent / JOB_FILE).exists() else directory
     try:
-        if not read_job(out / JOB_FILE, "")["holds_input"]:
+        record = read_job(out / JOB_FILE, "")
+        # A merged record may come from a machine where the inputs lay elsewhere.
+        root = os.path.join(os.path.realpath(out), "")
+        if not record["holds_input"] and not any(os.path.realpath(f[0]).startswith(root) for f in record["files"]):
             return f"remove {out}"
     except DepthpipeError:  # then who knows what else is there
         pass
@@ -138,17 +141,18 @@ def _read_unit(path: Path) -> UnitResult:
     return UnitResult.from_json(_read_sealed(path, f"remove {path}"))
 
 
-def read_job(path: Path, remedy: str) -> dict[str, Any]:
-    """The record of a job. Raises DepthpipeError with `remedy` when it is not as it was written."""
+def read_job(path: Path, remedy: str | None = None) -> dict[str, Any]:
+    """The record of a job. Raises DepthpipeError with `remedy`, or what to remove, when it is not as it was written."""
     record = _read_sealed(path, remedy)
     if record.get("version") != PLAN_VERSION:
+        remedy = what_to_remove(path.parent) if remedy is None else remedy
         raise DepthpipeError(
             f"{path}: made by another version of depthpipe: {remedy} and run again, or choose another --out"
         )
     return record
 
 
-def _read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+def _read_sealed(path: Path, remedy: str | None) -> dict[str, Any]:
     try:
         data = path.read_bytes()
         content: dict[str, Any] = json.loads(data)
@@ -161,7 +165,8 @@ def _read_sealed(path: Path, remedy: str) -> dict[str, Any]:
     except ValueError:
         content, data = {}, b""
     is_older = isinstance(content, dict) and SEAL not in content and content.get("version") in range(PLAN_VERSION)
-    if not is_older and not is_sealed(content, data):
+    if not is_older and not is_sealed(data):
+        remedy = what_to_remove(path.parent) if remedy is None else remedy
         raise DepthpipeError(f"{path}: damaged or edited record: {remedy} and run again")
     return content
 

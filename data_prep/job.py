@@ -22,7 +22,6 @@ from data_prep.commit import (
     read_job,
     read_result,
     total,
-    what_to_remove,
 )
 from data_prep.corpus import find_files
 from data_prep.documents import Counters
@@ -78,7 +77,7 @@ def tokenize_corpus(
     files = find_files(inputs, include, exclude, out)
     plan = Plan.make(files, tokenizer.fingerprint, options or Options(), cuttable=Encoder(tokenizer).cuttable)
     if (out / JOB_FILE).exists():
-        record = read_job(out / JOB_FILE, what_to_remove(out))
+        record = read_job(out / JOB_FILE)
         go_on(out / JOB_FILE, record, plan, out, lambda: int(record["counters"]["skipped"]))
         return Report(open_finished(out, record), Counters.from_json(record["counters"]), 0.0, reused=True)
     with _locked(out / UNFINISHED, part), write_errors(out):
@@ -101,7 +100,7 @@ def merge_parts(out: str | Path, others: Sequence[str | Path] = ()) -> Report:
     started = time.monotonic()
     out = Path(out)
     if (out / JOB_FILE).exists():
-        record = read_job(out / JOB_FILE, what_to_remove(out))
+        record = read_job(out / JOB_FILE)
         return Report(open_finished(out, record), Counters.from_json(record["counters"]), 0.0, reused=True)
     with _locked(out / UNFINISHED, (0, 0)), write_errors(out):
         collect_parts(out, [Path(other) for other in others])

@@ -73,7 +73,7 @@ class Manifest:
             raise DepthpipeError(
                 f"{path}: format version {version}, this depthpipe reads {FORMAT_VERSION}: {MAKE_ANOTHER}"
             )
-        if not is_sealed(content, data):
+        if not is_sealed(data):
             raise _damaged_manifest(path)
         del content[SEAL]
         try:
@@ -130,19 +130,18 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """`write_json` of `content` with the SHA-256 of itself, under the key SEAL."""
-    write_atomically(path, _sealed(content))
+    """`write_json` of `content`, and last in it, under the key SEAL, the SHA-256 of the bytes before."""
+    unsealed = {key: value for key, value in content.items() if key != SEAL}
+    write_atomically(path, _sealed(json.dumps(unsealed, indent=1).encode().removesuffix(b"\n}")))
 
 
-def is_sealed(content: Any, data: bytes) -> bool:
-    """Whether `data`, which is `content` as JSON, is byte for byte what `write_sealed` wrote."""
-    return isinstance(content, dict) and data == _sealed(content)
+def is_sealed(data: bytes) -> bool:
+    """Whether `data` is byte for byte what `write_sealed` wrote."""
+    return data == _sealed(data[: -len(_sealed(b""))])
 
 
-def _sealed(content: dict[str, Any]) -> bytes:
-    content = {key: value for key, value in content.items() if key != SEAL}
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return (json.dumps(content | {SEAL: digest}, indent=1) + "\n").encode()
+def _sealed(body: bytes) -> bytes:
+    return body + f',\n "{SEAL}": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 
 def _damaged_manifest(path: Path) -> DepthpipeError:

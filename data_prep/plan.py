@@ -12,7 +12,6 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,16 +93,13 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """For the record beside the result; the units follow from the rest. Reads some of every file."""
-        with ThreadPoolExecutor(8) as pool:  # opening many files takes time on a network
-            digests = pool.map(content_digest, self.files)
-            files = [[*dataclasses.astuple(file), digest] for file, digest in zip(self.files, digests, strict=True)]
         return {
             "version": self.version,
             "fingerprint": self.fingerprint,
             "tokenizer": self.tokenizer,
             "options": dataclasses.asdict(self.options),
             "units": len(self.units),
-            "files": files,
+            "files": [[*dataclasses.astuple(file), content_digest(file)] for file in self.files],
         }
 
     def check_same_as(self, record: dict[str, Any], directory: Path, skipped: int) -> None:
@@ -127,7 +123,7 @@ class Plan:
             if name != "skip_bad":
                 return f"{directory}: was begun with {name} {was!r}, now it is {value!r}", restore
             if was and skipped:
-                return f"{directory}: was begun with --skip-bad, and has skipped {skipped:,} lines or rows", "add it"
+                return f"{directory}: was begun with --skip-bad, and has skipped something ({skipped:,})", "add it"
         return self._difference_of_inputs(record, directory)
 
     def _difference_of_inputs(self, record: dict[str, Any], directory: Path) -> tuple[str, str] | None:

@@ -250,7 +250,7 @@ def test_counts_of_what_was_left_out_are_printed(
     assert "2 documents" in shown
     assert "1 empty documents left out" in shown
     assert "1 bytes that are not UTF-8" in shown
-    assert "1 lines or rows skipped" in shown and "a.jsonl:3: not valid JSON" in shown
+    assert "1 lines, rows or damaged archives skipped" in shown and "a.jsonl:3: not valid JSON" in shown
 
 
 @pytest.mark.parametrize("arguments", [("--workers", "0"), ("--part", "3/2"), ("--validation-fraction", "1")])
