@@ -50,29 +50,13 @@ class CorpusFile:
     mtime_ns: int
 
 
-DIGEST_END_BYTES, DIGEST_BLOCKS, DIGEST_BLOCK_BYTES = 1 << 16, 16, 1 << 12
-
-
 def content_digest(file: CorpusFile) -> str:
-    """A digest of the content of `file`, of all of it up to 192 KiB, or else of both ends and blocks between.
-
-    It decides only where size and name are the same and the time is not, as of a copy or a restored backup: reading
-    all of a large corpus a second time would cost more than that is worth. Raises DepthpipeError.
-    """
-    inner = file.size - 2 * DIGEST_END_BYTES
-    blocks = [(0, file.size)]
-    if inner > DIGEST_BLOCKS * DIGEST_BLOCK_BYTES:
-        between = [DIGEST_END_BYTES + inner * block // DIGEST_BLOCKS for block in range(DIGEST_BLOCKS)]
-        blocks = [(0, DIGEST_END_BYTES), *((start, DIGEST_BLOCK_BYTES) for start in between)]
-        blocks.append((file.size - DIGEST_END_BYTES, DIGEST_END_BYTES))
-    digest = hashlib.sha256()
+    """SHA-256 of the content of `file`. Raises DepthpipeError."""
     try:
-        with open(file.path, "rb", buffering=0) as stream:
-            for start, size in blocks:
-                digest.update(os.pread(stream.fileno(), size, start))
+        with open(file.path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DepthpipeError(f"{file.path}: cannot read ({error.strerror}): remove it or exclude it") from None
-    return digest.hexdigest()
 
 
 def find_files(

@@ -16,7 +16,6 @@ import pytest
 import webdataset
 
 from data_prep.checks import statistics, verify
-from data_prep.corpus import content_digest, find_files
 from data_prep.errors import DepthpipeError
 from data_prep.job import tokenize_corpus
 from data_prep.manifest import Manifest
@@ -125,15 +124,20 @@ def test_a_finished_job_is_reused_and_a_changed_input_is_named(tokenizer_path: P
         run()
 
 
-@pytest.mark.parametrize("place", [0, 70_000, 4_999_999])
-def test_a_digest_sees_both_ends_and_blocks_between(place: int, tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(bytes(5_000_000))
-    before = content_digest(find_files([str(path)])[0])
-    with open(path, "r+b") as stream:
-        stream.seek(place if place != 70_000 else 65536 + (5_000_000 - 131072) * 7 // 16)
-        stream.write(b"x")
-    assert content_digest(find_files([str(path)])[0]) != before
+def test_of_a_corpus_too_large_for_digests_the_times_decide(
+    tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.plan.DIGEST_BYTES", 10_000)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text("some words\n" * 800)
+    run = lambda: tokenize_corpus([str(tmp_path / "in")], tokenizer_path, tmp_path / "out", workers=1)  # noqa: E731
+    run()
+    os.utime(tmp_path / "in" / "a.txt", ns=(1, 1))
+    assert run().reused
+    os.utime(tmp_path / "in" / "b.txt", ns=(1, 1))
+    with pytest.raises(DepthpipeError, match=r"b\.txt: its time has changed since .*: restore it with its time"):
+        run()
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from data_prep.manifest import write_sealed
 from pipeline.cli import main
 
 SETTINGS = [
@@ -89,8 +90,9 @@ def test_validation_data_of_another_tokenizer(
     other = tmp_path / "other"
     shutil.copytree(dataset / "validation", other)
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps({**manifest, "tokenizer_fingerprint": "0" * 64}))
-    assert str(other) in one_line(capsys, "train", write_config(data={"validation": str(other)}))
+    write_sealed(other / "manifest.json", {**manifest, "tokenizer_fingerprint": "0" * 64})
+    line = one_line(capsys, "train", write_config(data={"validation": str(other)}))
+    assert str(other) in line and "made with another tokenizer" in line
 
 
 @pytest.mark.parametrize("command", [("monitor", "--once"), ("generate",)])
