@@ -26,7 +26,8 @@ with TrainProgress(total_steps=steps, start_step=0, tokens_per_step=16384) as pr
         progress.update(StepMetrics(
             step=step, tokens=16384 * step, loss=9 - step / 100, grad_norm=1.0, lr=1e-3, step_time_s=1.25,
             tokens_per_second=13107.2, tokens_per_second_per_device=6553.6, mfu=0.382, data_wait_s=0.01,
-            bubble_fraction=0.0, memory_bytes=1 << 30, time=time.time(), validation_loss=2.5 if step == 10 else None))
+            bubble_fraction=0.0, memory_bytes=1 << 30, time=time.time(), validation_loss=2.5 if step == 10 else None,
+            skipped_sequences=3 if step in (12, 14) else 0))
         if step == 15:
             progress.message("checkpoint at step 15")
 print("trained", file=sys.stderr)
@@ -116,9 +117,13 @@ def test_a_log_file_gets_plain_lines(changes):
     assert lines[0].startswith(
         "step 1/30 | loss 8.9900 | 13,107 tokens/s | MFU 38.2 % | data wait 0.8 % | tokens 16,384/491,520 | ETA "
     )
-    assert lines[1:3] == ["step 10: validation loss 2.5000", "checkpoint at step 15"]
-    assert lines[-1].startswith("step 30/30 | loss 8.7000 | ")
-    assert len(lines) == 4
+    assert lines[1:4] == [
+        "step 10: validation loss 2.5000",
+        "step 12: damaged sequences are skipped; logs/ names their shards",
+        "checkpoint at step 15",
+    ]
+    assert lines[-1].startswith("step 30/30 | loss 8.7000 | ") and lines[-1].endswith(" | skipped sequences 6")
+    assert len(lines) == 5
     assert done.stdout.replace("\n", "").isprintable() and done.stdout.isascii()
 
 
