@@ -88,13 +88,14 @@ def train(config: Config, console: TextIO) -> None:
             # Measuring compares what the stages could not read, so nothing is saved or validated without it.
             logs = saves or validates or _due(step, config.monitor.every)
             line = meter.measure(step, loss, lr) if logs else None
-            with meter.paused():
-                if validates and line is not None:
+            if validates and line is not None:
+                with meter.paused():
                     line = dataclasses.replace(line, validation_loss=validate(config, engine))
-                if report is not None and line is not None:
-                    report.write(line)  # before the checkpoint: a run that resumes from it goes on behind this line
-                if saves:
-                    position = loader.position() if loader else {}
+            if report is not None and line is not None:
+                report.write(line)  # before the checkpoint: a run that resumes from it goes on behind this line
+            if saves:
+                position = loader.position() if loader else {}
+                with meter.paused():
                     save_checkpoint(engine, run_dir, step, position, identity, config.checkpoint.keep)
 
 
